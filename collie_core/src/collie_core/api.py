@@ -1,0 +1,96 @@
+"""The public names of CoLLiE, for plugin authors and for programs that embed it.
+
+Each name is imported on first use, so that a plugin's description costs no torch and no pydantic.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collie_core.config.base import ComponentConfig, ConfigModel, OptimizerConfig
+    from collie_core.config.run import RunConfig
+    from collie_core.data.loader import Batch
+    from collie_core.errors import CollieError, ConfigError, DataError, ModelError, PluginError, RunError
+    from collie_core.hookspecs import (
+        Adapter,
+        Can,
+        Component,
+        Metric,
+        MetricCan,
+        ModelFamily,
+        OptimizerCan,
+        Run,
+        Server,
+    )
+    from collie_core.loop import Trainer
+    from collie_core.model.family import StockFamily
+    from collie_core.plugins import hookimpl
+    from collie_core.topology import Topology
+
+_HOME = {
+    "Adapter": "hookspecs",
+    "Batch": "data.loader",
+    "Can": "hookspecs",
+    "CollieError": "errors",
+    "Component": "hookspecs",
+    "ComponentConfig": "config.base",
+    "ConfigError": "errors",
+    "ConfigModel": "config.base",
+    "DataError": "errors",
+    "Metric": "hookspecs",
+    "MetricCan": "hookspecs",
+    "ModelError": "errors",
+    "ModelFamily": "hookspecs",
+    "OptimizerCan": "hookspecs",
+    "OptimizerConfig": "config.base",
+    "PluginError": "errors",
+    "Run": "hookspecs",
+    "RunConfig": "config.run",
+    "RunError": "errors",
+    "Server": "hookspecs",
+    "StockFamily": "model.family",
+    "Topology": "topology",
+    "Trainer": "loop",
+    "hookimpl": "plugins",
+}
+
+__all__ = [  # noqa: RUF022  (the same order as above)
+    "Adapter",
+    "Batch",
+    "Can",
+    "CollieError",
+    "Component",
+    "ComponentConfig",
+    "ConfigError",
+    "ConfigModel",
+    "DataError",
+    "Metric",
+    "MetricCan",
+    "ModelError",
+    "ModelFamily",
+    "OptimizerCan",
+    "OptimizerConfig",
+    "PluginError",
+    "Run",
+    "RunConfig",
+    "RunError",
+    "Server",
+    "StockFamily",
+    "Topology",
+    "Trainer",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"collie_core.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,182 @@
+"""Everything a plugin can be or hook into: API 1.
+
+Importing this file costs the standard library only. Components (one wins, chosen by `type` in the config)
+are described by a `Component` and obey a Protocol; hooks (many may run) are the functions of `Hooks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from transformers import PretrainedConfig
+
+    from collie_core.config.run import RunConfig
+    from collie_core.topology import Topology
+
+API = 1
+KINDS = ("model", "optimizer", "adapter", "metric", "server")
+
+
+# -- components ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Can:
+    """What a component declares to be able to do. The core asks these fields, never a class name."""
+
+
+@dataclass(frozen=True)
+class OptimizerCan(Can):
+    state_bytes_per_parameter: float = 8.0  # float32 training; shown in the summary before the run
+
+
+@dataclass(frozen=True)
+class MetricCan(Can):
+    reads: str = "token_losses"  # what `Metric.update` is given; see there
+    higher_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Component:
+    """What an entry point in a `collie.<kind>` group points to: light, imported when a config names it."""
+
+    build: str  # "package.module:attribute", imported when the run starts
+    config: str = ""  # "package.module:Model": a pydantic model with `type: Literal[<name>]`; "" = no options
+    summary: str = ""
+    can: Can = field(default_factory=Can)
+    api: int = API  # the contract the author wrote against
+    hint: str = ""  # what to type when importing `build` fails, e.g. "pip install 'collie-x[triton]'"
+
+
+class ModelFamily(Protocol):
+    """What is special about a model family. A family that transformers contains says nothing but its name."""
+
+    model_type: str  # the `model_type` of its config.json
+
+    def make_config(self, raw: Mapping[str, Any]) -> PretrainedConfig:
+        """The transformers config for the raw config.json of this family."""
+
+
+class OptimizerFactory(Protocol):
+    """A `torch.optim.Optimizer` class, or a function that returns one."""
+
+    def __call__(self, params: Iterable[dict[str, Any]], **options: Any) -> Optimizer:
+        """`params` are torch parameter groups; `options` are the fields of the plugin's config, less `type`."""
+
+
+class Adapter(Protocol):
+    """A parameter-efficient method."""
+
+    def attach(self, model: nn.Module, config: Any) -> nn.Module:
+        """Insert the trainable parts and freeze the rest; returns the model to train."""
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write the adapter alone, in the peft format."""
+
+
+class Metric(Protocol):
+    """A number over an evaluation set. `merge` is associative: any split of the samples gives the same."""
+
+    def update(self, prediction: Any, target: Any) -> None:
+        """Add samples. With `reads="token_losses"`: float losses [N] in nats and their token ids [N]."""
+
+    def merge(self, other: Any) -> None:
+        """Join the state of another rank."""
+
+    def compute(self) -> Mapping[str, float]:
+        """The final numbers by name."""
+
+
+class Server(Protocol):
+    """Answers requests with a model."""
+
+    def serve(self, model: nn.Module, tokenizer: Any, config: Any, ready: Callable[[int], None]) -> None:
+        """Run until stopped; call `ready(port)` once requests are accepted."""
+
+
+# -- the run as a hook sees it ------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The narrow view of a run that hooks and callbacks get."""
+
+    config: RunConfig
+    topology: Topology
+    model: nn.Module
+    output_dir: Path
+    max_steps: int
+    step: int = 0  # finished optimizer steps
+    epoch: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)  # parameters, samples, steps, ...: shown before step 1
+    metrics: dict[str, float] = field(default_factory=dict)  # plugins may add numbers; logged with the next step
+    stop_reason: str = ""
+
+    def request_stop(self, reason: str = "a plugin asked for it") -> None:
+        """End training after the step that is running; evaluation and export still happen."""
+        self.stop_reason = self.stop_reason or reason
+
+
+# -- hooks --------------------------------------------------------------------------------------------------
+# pluggy passes each implementation only the arguments it names, so that hooks can grow. An exception in any
+# hook stops the run. The five build steps are `firstresult`: the core implements them last, plugins may wrap.
+
+
+class Hooks:
+    """The hook specifications; `plugins.py` marks and registers them with pluggy."""
+
+    FIRST_RESULT = (
+        "collie_build_model_partition",
+        "collie_build_optimizer",
+        "collie_build_adapter",
+        "collie_build_metric",
+        "collie_build_server",
+    )
+
+    def collie_build_model_partition(self, target: ModelFamily, config: PretrainedConfig) -> nn.Module:  # type: ignore[empty-body]
+        """Build this rank's part of the model, weights not yet loaded."""
+
+    def collie_build_optimizer(  # type: ignore[empty-body]
+        self, target: OptimizerFactory, params: list[dict[str, Any]], config: Any
+    ) -> Optimizer:
+        """Build the optimizer over parameter groups, after the model stands on its device."""
+
+    def collie_build_adapter(self, target: Adapter, model: nn.Module, config: Any) -> nn.Module:  # type: ignore[empty-body]
+        """Attach the adapter, after the weights are loaded and before the optimizer is built."""
+
+    def collie_build_metric(self, target: Callable[..., Metric], config: Any) -> Metric:  # type: ignore[empty-body]
+        """Build an empty metric, once per evaluation."""
+
+    def collie_build_server(self, target: Callable[..., Server], config: Any) -> Server:  # type: ignore[empty-body]
+        """Build a server that has not started yet."""
+
+    def collie_run_start(self, run: Run) -> None:
+        """Before the first step, everything built. May register module hooks; may add to `run.facts`."""
+
+    def collie_before_step(self, run: Run, batch: Any) -> None:
+        """Before forward of each optimizer step. May change the tensors of `batch.micro_batches` in place."""
+
+    def collie_before_update(self, run: Run) -> None:
+        """After the last backward of a step, before clipping and update. May change gradients in place."""
+
+    def collie_after_step(self, run: Run, loss: Tensor) -> None:
+        """After the update of each optimizer step; `loss` is the token mean of the global batch, a scalar."""
+
+    def collie_metrics(self, run: Run, values: Mapping[str, Any]) -> None:
+        """Rank 0, each logged step: one row of metrics.jsonl. Read only."""
+
+    def collie_evaluated(self, run: Run, results: Mapping[str, float]) -> None:
+        """Rank 0, after an evaluation: results by name, as `eval/...`. Read only."""
+
+    def collie_checkpoint_saved(self, run: Run, path: Path) -> None:
+        """Rank 0, after weights were written to `path`."""
+
+    def collie_run_end(self, run: Run, error: BaseException | None) -> None:
+        """Always, last; `error` is what ended the run early, or None."""
