@@ -6,7 +6,7 @@ are described by a `Component` and obey a Protocol; hooks (many may run) are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from collie_core.config.run import RunConfig
+    from collie_core.generate import SampleText
     from collie_core.topology import Topology
 
 API = 1
@@ -140,8 +141,10 @@ class Hooks:
         "collie_build_server",
     )
 
-    def collie_build_model_partition(self, target: ModelFamily, config: PretrainedConfig) -> nn.Module:  # type: ignore[empty-body]
-        """Build this rank's part of the model, weights not yet loaded."""
+    def collie_build_model_partition(  # type: ignore[empty-body]
+        self, target: ModelFamily, config: PretrainedConfig, weights: str | None
+    ) -> nn.Module:
+        """Build this rank's part of the model with `weights` of a folder or hub id, or random ones (None)."""
 
     def collie_build_optimizer(  # type: ignore[empty-body]
         self, target: OptimizerFactory, params: list[dict[str, Any]], config: Any
@@ -172,8 +175,8 @@ class Hooks:
     def collie_metrics(self, run: Run, values: Mapping[str, Any]) -> None:
         """Rank 0, each logged step: one row of metrics.jsonl. Read only."""
 
-    def collie_evaluated(self, run: Run, results: Mapping[str, float]) -> None:
-        """Rank 0, after an evaluation: results by name, as `eval/...`. Read only."""
+    def collie_evaluated(self, run: Run, results: Mapping[str, float], samples: Sequence[SampleText]) -> None:
+        """Rank 0, after an evaluation: results by name, as `eval/...`; sample answers if any. Read only."""
 
     def collie_checkpoint_saved(self, run: Run, path: Path) -> None:
         """Rank 0, after weights were written to `path`."""

@@ -1,0 +1,106 @@
+"""What every section of the configuration shares: frozen, closed, and exact about numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+__all__ = ["ComponentConfig", "ConfigModel", "NonNegativeInt", "OptimizerConfig", "PlainMapping", "PositiveInt"]
+
+LARGEST = 2**63 - 1  # what torch, numpy and a C long hold
+
+
+class ConfigModel(BaseModel):
+    """A section: immutable, without unknown keys, without NaN or infinity, and `true` is not the number 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _exact_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes `true` for 1 and integers of any length; a run cannot mean either."""
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        for number in _numbers(value):
+            if isinstance(number, bool) and not _takes_bool(annotation):
+                raise PydanticCustomError("bool_as_number", "must not be true or false")
+            if abs(number) > LARGEST:
+                raise PydanticCustomError("too_large", "must be smaller than 2^63")
+        return value
+
+
+def _numbers(value: object) -> Iterator[int]:
+    """The integers, booleans among them, of a value or of the items of a list."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int):
+        yield value
+
+
+@cache
+def _takes_bool(annotation: Any) -> bool:
+    """Whether a field may hold a boolean; sections inside a field check their own fields."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    if annotation in (bool, Any, object) or annotation in (True, False):
+        return True
+    return any(_takes_bool(part) for part in get_args(annotation))
+
+
+def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Only what YAML and JSON can hold, so that a run's configuration can be written down and read back."""
+    for path, item in _leaves(value):
+        if isinstance(item, float) and not math.isfinite(item):
+            raise PydanticCustomError("not_finite", "holds a number that is not finite: {path}", {"path": path})
+        if isinstance(item, int) and abs(item) > LARGEST:
+            raise PydanticCustomError("too_large", "holds a number beyond 2^63: {path}", {"path": path})
+        if not isinstance(item, str | int | float | None):
+            kind = type(item).__name__
+            raise PydanticCustomError(
+                "not_plain", "holds a {kind}, which a YAML file cannot: {path}", {"kind": kind, "path": path}
+            )
+    return value
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield path or "its keys", key if not isinstance(key, bool) else object()
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{index}")
+    else:
+        yield path, value
+
+
+PlainMapping = Annotated[dict[str, Any], AfterValidator(_plain)]
+"""Free keys and values, as far as a YAML file can hold them."""
+
+
+class ComponentConfig(ConfigModel):
+    """The section of a plugin: `type`, and the plugin's own fields."""
+
+    type: str = Field(description="The name of the plugin.")
+
+
+class OptimizerConfig(ComponentConfig):
+    """The section of an optimizer."""
+
+    lr: float = Field(gt=0, description="Learning rate after warm-up: the peak of the schedule.")
+    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and embeddings; vectors never decay.")

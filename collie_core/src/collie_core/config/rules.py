@@ -1,0 +1,175 @@
+"""Combinations that cannot work, in one table: it refuses them, and it writes docs/compatibility.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from collie_core.config.batch import batch_sizes, impossible_batch
+from collie_core.errors import MISSING, ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collie_core.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`key` is refused when `broken` says so; `what` names the combination, `why` gives the reason."""
+
+    key: str
+    what: str
+    why: str
+    fix: str
+    broken: Callable[[RunConfig], bool]
+
+
+_NOT_BUILT = "this version trains data-parallel only"
+
+RULES = (
+    Rule(
+        "parallel.tensor_parallel_size",
+        "`parallel.tensor_parallel_size` above 1",
+        f"tensor parallelism is not built yet: {_NOT_BUILT}",
+        "Set it to 1.",
+        lambda config: config.parallel.tensor_parallel_size > 1,
+    ),
+    Rule(
+        "parallel.pipeline_parallel_size",
+        "`parallel.pipeline_parallel_size` above 1",
+        f"pipeline parallelism is not built yet: {_NOT_BUILT}",
+        "Set it to 1.",
+        lambda config: config.parallel.pipeline_parallel_size > 1,
+    ),
+    Rule(
+        "parallel.zero_stage",
+        "`parallel.zero_stage` above 0 with `parallel.engine: torch`",
+        "ZeRO is DeepSpeed's, and parallel.engine is torch",
+        "Set parallel.engine to auto or deepspeed.",
+        lambda config: config.parallel.zero_stage > 0 and config.parallel.engine == "torch",
+    ),
+    Rule(
+        "deepspeed",
+        "a `deepspeed:` section with `parallel.engine: torch`",
+        "nothing reads it, since parallel.engine is torch",
+        "Set parallel.engine to auto or deepspeed, or remove the section.",
+        lambda config: bool(config.deepspeed) and config.parallel.engine == "torch",
+    ),
+    Rule(
+        "model.config",
+        "`model.config` with `model.model_name_or_path`",
+        "an architecture to train from random weights and pretrained weights exclude each other",
+        "Keep one of model.config and model.model_name_or_path.",
+        lambda config: config.model.config is not None and config.model.model_name_or_path is not None,
+    ),
+    Rule(
+        "model.config.model_type",
+        "`model.config` without `model_type`",
+        "is required: it names the family, for example llama",
+        "",
+        lambda config: config.model.config is not None and not isinstance(config.model.config.get("model_type"), str),
+    ),
+    Rule(
+        "tokenizer.name_or_path",
+        "`tokenizer.name_or_path` with `tokenizer.type: byte`",
+        "the byte tokenizer is built in and reads no folder",
+        "Remove it, or set tokenizer.type to pretrained.",
+        lambda config: config.tokenizer.type == "byte" and config.tokenizer.name_or_path is not None,
+    ),
+    Rule(
+        "tokenizer",
+        "`model.config` without a tokenizer",
+        "is required with model.config, since there is no model folder to take it from",
+        "Set tokenizer.name_or_path, or tokenizer.type to byte.",
+        lambda config: (
+            config.model.config is not None
+            and config.model.model_name_or_path is None
+            and config.tokenizer.type == "pretrained"
+            and config.tokenizer.name_or_path is None
+        ),
+    ),
+    Rule(
+        "train.max_steps",
+        "`train.max_steps` with `train.num_train_epochs`",
+        "both say how long to train",
+        "Keep one; on the command line, train.num_train_epochs=null takes the other back.",
+        lambda config: config.train.max_steps is not None and config.train.num_train_epochs is not None,
+    ),
+    Rule(
+        "lr_scheduler.warmup_ratio",
+        "`lr_scheduler.warmup_ratio` with `lr_scheduler.warmup_steps`",
+        "both say how long to warm up",
+        "Keep one of lr_scheduler.warmup_ratio and lr_scheduler.warmup_steps.",
+        lambda config: config.lr_scheduler.warmup_ratio > 0 and config.lr_scheduler.warmup_steps is not None,
+    ),
+    Rule(
+        "evaluation.evaluators",
+        "a metric that does not read token losses under `evaluation.evaluators`",
+        "only metrics of the token losses can be evaluated: this version generates no text to measure",
+        "Use perplexity.",
+        lambda config: any(
+            config.registry.component("metric", evaluator.type).can.reads != "token_losses"  # type: ignore[attr-defined]
+            for evaluator in config.evaluation.evaluators
+        ),
+    ),
+)
+
+
+def check(config: RunConfig) -> list[Problem]:
+    """Every rule that the configuration breaks, and a global batch that cannot come out whole."""
+    found = [Problem(rule.key, rule.why, value(config, rule.key), rule.fix) for rule in RULES if rule.broken(config)]
+    size = config.parallel.data_parallel_size
+    batch = impossible_batch(config.train) if size == "auto" else batch_sizes(config.train, size)
+    return [*found, batch] if isinstance(batch, Problem) else found
+
+
+def require_parts(config: RunConfig, *, model: bool, train_data: bool) -> None:
+    """Refuse a run that lacks what neither the configuration nor the program gives.
+
+    Args:
+        model: whether the program hands in a model.
+        train_data: whether it hands in training samples.
+    """
+    found = missing_parts(config.model_dump(include={"model", "data"}), model=model, train_data=train_data)
+    if found:
+        raise ConfigError(found)
+
+
+def missing_parts(data: Mapping[str, Any], *, model: bool = False, train_data: bool = False) -> list[Problem]:
+    """The same for sections as they were written, valid or not."""
+    found = []
+    if not model and _lacks(data, "model", "model_name_or_path", "config"):
+        hint = "Set it to a folder or a hub id, or set model.config to train from random weights."
+        found.append(Problem("model.model_name_or_path", "is required", MISSING, hint))
+    if not train_data and _lacks(data, "data", "train"):
+        found.append(Problem("data.train", "is required", MISSING, "Set it to a file or a hub id."))
+    return found
+
+
+def _lacks(data: Mapping[str, Any], section: str, *names: str) -> bool:
+    written = data.get(section, {})
+    return isinstance(written, Mapping) and not any(written.get(name) not in (None, [], "") for name in names)
+
+
+def value(config: RunConfig, key: str) -> object:
+    """What is written at a dotted key of the core's sections."""
+    found: Any = config
+    for name in key.split("."):
+        found = found.get(name, MISSING) if isinstance(found, Mapping) else getattr(found, name)
+    return found
+
+
+def compatibility_page() -> str:
+    """docs/compatibility.md."""
+    rows = [f"| {rule.what} | {rule.why} | {rule.fix} |" for rule in RULES]
+    return "\n".join([_PAGE, *rows, ""])
+
+
+_PAGE = """\
+# Compatibility
+
+Combinations that CoLLiE refuses before a run starts, with the reason. Every other combination works and is tested.
+This page is written from the table in `collie_core/config/rules.py`.
+
+| combination | reason | what to do |
+|---|---|---|"""

@@ -1,0 +1,209 @@
+"""`RunConfig`: the whole configuration of a run. Built in Python or read from YAML, it is the same thing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from os import PathLike
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from collie_core.config import aliases, problems, rules
+from collie_core.config.base import ComponentConfig, ConfigModel, OptimizerConfig, PlainMapping
+from collie_core.config.batch import BatchSizes, batch_sizes
+from collie_core.config.component import OfKind
+from collie_core.config.data import DataConfig
+from collie_core.config.document import Document
+from collie_core.config.evaluation import EvaluationConfig
+from collie_core.config.model import ModelConfig
+from collie_core.config.optimizer import LRSchedulerConfig
+from collie_core.config.parallel import ParallelConfig
+from collie_core.config.tokenizer import TokenizerConfig
+from collie_core.config.train import TrainConfig
+from collie_core.errors import ConfigError, PluginError, Problem
+from collie_core.plugins import Plugins
+
+logger = logging.getLogger("collie")
+
+
+def _typed(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+def _trackers(value: Any) -> Any:
+    """One tracker without its list; `none` as other tools write it."""
+    return [name for name in [value] if name != "none"] if isinstance(value, str) else value
+
+
+class PluginsConfig(ConfigModel):
+    """Installed plugins."""
+
+    block: list[str] = Field([], description="Distributions that are never imported, by name.")
+
+
+class RunConfig(ConfigModel):
+    """A run of CoLLiE.
+
+    Raises:
+        ConfigError: everything that is wrong, at once.
+    """
+
+    model: ModelConfig = Field(ModelConfig(), description="The model to train.")
+    tokenizer: Annotated[
+        TokenizerConfig,
+        BeforeValidator(_typed, json_schema_input_type=Literal["pretrained", "byte"] | TokenizerConfig),
+    ] = Field(TokenizerConfig(), description="The tokenizer.")
+    data: DataConfig = Field(DataConfig(), description="The samples and how they become tokens.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="How the processes share the work.")
+    train: TrainConfig = Field(TrainConfig(), description="How long, how much at a time, and where to.")
+    optimizer: Annotated[OptimizerConfig, OfKind("optimizer")] = Field(
+        {"type": "adamw"}, validate_default=True, description="The optimizer: `type`, and its own fields."
+    )
+    lr_scheduler: Annotated[
+        LRSchedulerConfig,
+        BeforeValidator(_typed, json_schema_input_type=Literal["constant", "linear", "cosine"] | LRSchedulerConfig),
+    ] = Field(LRSchedulerConfig(), description="The learning rate over the run.")
+    adapter: Annotated[ComponentConfig, OfKind("adapter")] | None = Field(
+        None, description="Train a few added parameters instead of all: `type`, and the adapter's own fields."
+    )
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="When and how the model is measured.")
+    report_to: Annotated[
+        list[Literal["tensorboard"]],
+        BeforeValidator(
+            _trackers, json_schema_input_type=Literal["tensorboard", "none"] | list[Literal["tensorboard"]]
+        ),
+    ] = Field([], description="Trackers, besides metrics.jsonl and report.html.")
+    deepspeed: PlainMapping = Field({}, description="Keys laid over the DeepSpeed configuration that CoLLiE makes.")
+    plugins: PluginsConfig = Field(PluginsConfig(), description="Installed plugins.")
+
+    def __init__(self, **sections: Any) -> None:
+        document = Document(sections)
+        self._fill(document)
+        for note in document.notes:
+            logger.warning("%s", note)
+
+    @classmethod
+    def from_yaml(
+        cls,
+        path: str | PathLike[str],
+        overrides: Iterable[str] = (),
+        *,
+        notes: list[str] | None = None,
+        complete: bool = False,
+    ) -> RunConfig:
+        """The configuration in a file, with `key=value` overrides such as `train.max_steps=10`.
+
+        Args:
+            notes: receives one line per name of another tool that was understood; default: they are logged.
+            complete: also refuse what only a program could still hand in: no model, no training data.
+        """
+        from collie_core.config.loading import read_file
+
+        return cls._from_document(read_file(path), overrides, notes, complete)
+
+    @classmethod
+    def from_text(cls, text: str, overrides: Iterable[str] = (), *, name: str = "<text>") -> RunConfig:
+        """The same from YAML at hand; `name` stands for the file in messages."""
+        from collie_core.config.loading import read_text
+
+        return cls._from_document(read_text(text, name), overrides, None, False)
+
+    @classmethod
+    def _from_document(
+        cls, document: Document, overrides: Iterable[str], notes: list[str] | None, complete: bool
+    ) -> RunConfig:
+        config = cls.__new__(cls)
+        config._fill(document, overrides, complete)
+        for note in document.notes if notes is None else ():
+            logger.warning("%s", note)
+        if notes is not None:
+            notes.extend(document.notes)
+        return config
+
+    def _fill(self, document: Document, overrides: Iterable[str] = (), complete: bool = False) -> None:
+        """Validate everything into this instance, or raise all problems together."""
+        registry = _registry(document)
+        guide = problems.Guide(type(self), registry)
+        aliases.normalise(document, guide)
+        if overrides:
+            from collie_core.config.loading import apply_overrides
+
+            apply_overrides(document, overrides, guide)
+        found = document.problems
+        if complete:
+            found += rules.missing_parts(document.data)
+        try:
+            type(self).__pydantic_validator__.validate_python(
+                document.data, self_instance=self, context={"registry": registry}
+            )
+        except ValidationError as error:
+            found += problems.translate(error, document.data, guide)
+        else:
+            self.__dict__["registry"] = registry
+            found += rules.check(self)
+        if found:
+            raise ConfigError(document.located(found))
+
+    @cached_property
+    def registry(self) -> Plugins:
+        """The installed plugins, less the blocked ones, that the component sections were validated by."""
+        return Plugins.discover(self.plugins.block)
+
+    def to_yaml(self) -> str:
+        """Every field with its value, defaults included; reads back as an equal configuration."""
+        from collie_core.config.loading import dump
+
+        return dump(self.model_dump(mode="json"))
+
+    # -- derived values ----------------------------------------------------------------------------------------
+
+    def batch_sizes(self, data_parallel_size: int) -> BatchSizes:
+        """How the samples of one optimizer step are dealt out, once the number of ranks is known.
+
+        Raises:
+            ConfigError: the global batch does not come out whole.
+        """
+        sizes = batch_sizes(self.train, data_parallel_size)
+        if isinstance(sizes, Problem):
+            raise ConfigError([sizes])
+        return sizes
+
+    def per_device_train_batch_size(self, data_parallel_size: int) -> int:
+        """Samples per forward on one device."""
+        return self.batch_sizes(data_parallel_size).per_device
+
+    def gradient_accumulation_steps(self, data_parallel_size: int) -> int:
+        """Forwards per optimizer step."""
+        return self.batch_sizes(data_parallel_size).accumulation
+
+    def global_batch_size(self, data_parallel_size: int) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.batch_sizes(data_parallel_size).total
+
+    @property
+    def num_train_epochs(self) -> float | None:
+        """Passes over the data; None when `train.max_steps` decides."""
+        if self.train.max_steps is not None:
+            return None
+        return 1.0 if self.train.num_train_epochs is None else self.train.num_train_epochs
+
+    @property
+    def engine(self) -> Literal["torch", "deepspeed"]:
+        """What drives a step: as written, or deepspeed where something asks for it."""
+        if self.parallel.engine != "auto":
+            return self.parallel.engine
+        return "deepspeed" if self.parallel.zero_stage or self.deepspeed else "torch"
+
+
+def _registry(document: Document) -> Plugins:
+    """The registry with the file's own block list, before any component is looked at."""
+    section = document.data.get("plugins")
+    block = section.get("block", ()) if isinstance(section, Mapping) else getattr(section, "block", ())
+    names = [name for name in block if isinstance(name, str)] if isinstance(block, list | tuple) else []
+    try:
+        return Plugins.discover(names)
+    except PluginError as error:
+        document.problems.append(Problem("plugins.block", str(error), names))
+        return Plugins.discover()

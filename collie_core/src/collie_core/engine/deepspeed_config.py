@@ -1,0 +1,52 @@
+"""The DeepSpeed configuration, made in this one function and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def deepspeed_config(
+    *,
+    zero_stage: int,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    max_grad_norm: float | None,
+    overrides: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`; `overrides` is the `deepspeed:` section, merged over it.
+
+    Accumulation is CoLLiE's: the number of micro-batches may differ from step to step, and each brings its exact
+    share of the global token mean.
+    """
+    made: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "train_batch_size": micro_batch_size * data_parallel_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,  # DeepSpeed has it for unmanaged accumulation at stage 2 alone
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    return merge(made, overrides)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged

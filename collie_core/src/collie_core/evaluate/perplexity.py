@@ -1,0 +1,72 @@
+"""Perplexity: exp of the mean negative log-likelihood per target token, over the whole set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from collie_core.data.loader import Batch
+    from collie_core.hookspecs import Metric
+
+
+class Perplexity:
+    """Token-weighted: a long sample counts more than a short one. Sums are kept in float64."""
+
+    def __init__(self) -> None:
+        self.total = 0.0  # nats
+        self.tokens = 0
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add token losses [N] in nats; `target` are their ids [N]."""
+        self.total += prediction.double().sum().item()
+        self.tokens += target.numel()
+
+    def merge(self, other: Perplexity) -> None:
+        """Add the tokens of another rank."""
+        self.total += other.total
+        self.tokens += other.tokens
+
+    def compute(self) -> Mapping[str, float]:
+        """`loss` in nats per token and `perplexity`; NaN for an empty set, inf when exp overflows."""
+        if self.tokens == 0:
+            return {"loss": math.nan, "perplexity": math.nan}
+        loss = self.total / self.tokens
+        return {"loss": loss, "perplexity": math.exp(loss) if loss < 709 else math.inf}
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [N] in nats and ids [N] of the target tokens.
+
+    `logits` [B, L, V] at a position predict the token after it; `labels` [B, L] hold targets at their own
+    position, -100 elsewhere.
+    """
+    targets = labels[:, 1:]
+    chosen = targets != -100
+    ids = targets[chosen]
+    return F.cross_entropy(logits[:, :-1][chosen].float(), ids, reduction="none"), ids
+
+
+@torch.no_grad()
+def feed(
+    metrics: Iterable[Metric], model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager[Any]
+) -> None:
+    """Run the model in evaluation mode over `batches` and give each metric the token losses."""
+    metrics, was_training = list(metrics), model.training
+    model.eval()
+    try:
+        for batch in batches:
+            with precision:
+                logits = model(**batch.inputs(), use_cache=False).logits
+            losses, ids = token_losses(logits, batch.labels)
+            for metric in metrics:
+                metric.update(losses, ids)
+    finally:
+        model.train(was_training)

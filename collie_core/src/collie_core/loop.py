@@ -1,0 +1,207 @@
+"""The training loop. It reads as its own table of contents: whatever watches or adds is a hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from collie_core.engine.step import LossFn, TrainFn, token_mean_loss
+from collie_core.evaluate.perplexity import feed
+from collie_core.generate import SampleText, sample_texts
+from collie_core.hookspecs import Run
+from collie_core.model.export import save_pretrained, write_folder
+from collie_core.parts import EvalFn, HandedIn, Parts
+from collie_core.plugins import check_agreement
+from collie_core.report import prepare_run_directory, refuse_used_directory, run_facts, standard_observers
+from collie_core.report.meter import Meter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from collie_core.config.run import RunConfig
+    from collie_core.data.loader import Batch, StepBatch
+
+
+class Trainer:
+    """A run: everything from the config, or any part handed in.
+
+    Args:
+        config: the run.
+        model, tokenizer: instead of `model:` and `tokenizer:`.
+        train_dataset, eval_dataset: rows (dicts in any supported format) instead of `data.train`, `data.eval`.
+        optimizer: an optimizer over the handed-in model, or a function from parameter groups to one.
+        lr_scheduler: a schedule over the handed-in optimizer, or a function (optimizer, max_steps) to one.
+        loss_fn: (outputs, labels, target tokens of the global batch) to this micro-batch's share of the loss.
+        train_fn: (model, batch, target tokens of the global batch) to the same; replaces forward and loss.
+        eval_fn: (model, batches) to results by name; replaces the evaluators.
+        callbacks: objects with event hooks.
+        observers: what shows and records the run; None: the standard ones.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        train_dataset: Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        optimizer: Optimizer | Callable[[list[dict[str, Any]]], Optimizer] | None = None,
+        lr_scheduler: LRScheduler | Callable[[Optimizer, int], LRScheduler] | None = None,
+        loss_fn: LossFn = token_mean_loss,
+        train_fn: TrainFn | None = None,
+        eval_fn: EvalFn | None = None,
+        callbacks: Sequence[object] = (),
+        observers: Sequence[object] | None = None,
+    ) -> None:
+        given = HandedIn(
+            model, tokenizer, train_dataset, eval_dataset, optimizer, lr_scheduler, loss_fn, train_fn, eval_fn
+        )
+        self.config = config
+        self.parts = Parts(config, given)
+        self.topology = self.parts.topology
+        if observers is None:
+            observers = standard_observers(config, self.topology)
+        self.hooks = config.registry.hook_manager([*callbacks, *observers]).hook
+        self.results: dict[str, float] = {}  # the last logged numbers and evaluation results
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as handed in or built."""
+        return self.parts.model
+
+    @cached_property
+    def run(self) -> Run:
+        """What hooks see of this run."""
+        output_dir = Path(self.config.train.output_dir)
+        return Run(self.config, self.topology, self.parts.model, output_dir, self.parts.max_steps)
+
+    def train(self) -> dict[str, float]:
+        """Train, evaluate and export; returns the last logged numbers and evaluation results.
+
+        Raises:
+            CollieError: a part of the run cannot be built, or the gradients are no longer numbers.
+        """
+        with self._random_state(), self._recorded() as run:
+            step, meter = self.parts.step, Meter(self.topology)
+            self.hooks.collie_run_start(run=run)
+            if self.config.evaluation.on_start:
+                self.evaluate()
+            for batch in self.parts.loader():
+                torch.manual_seed(self._seed(run.step))
+                self.hooks.collie_before_step(run=run, batch=batch)
+                loss = step.forward_backward(batch, self._target_tokens(batch))
+                self.hooks.collie_before_update(run=run)
+                learning_rate, grad_norm = step.learning_rate, step.update()
+                run.step, run.epoch = run.step + 1, batch.epoch
+                meter.add(loss, batch.tokens)
+                self.hooks.collie_after_step(run=run, loss=loss)
+                last = run.step == run.max_steps or bool(run.stop_reason)
+                if last or run.step % self.config.train.logging_steps == 0:
+                    self._log(meter.read() | {"learning_rate": learning_rate, "grad_norm": grad_norm})
+                if last or (self.config.evaluation.steps and run.step % self.config.evaluation.steps == 0):
+                    self.evaluate()
+                    meter.restart()
+                if last:
+                    break
+            self.save_model(run.output_dir / "model")
+        return dict(self.results)
+
+    def evaluate(self) -> dict[str, float]:
+        """Results over the evaluation samples, as `eval/<name>`; none without evaluation samples."""
+        parts = self.parts
+        if parts.eval_dataset is None:
+            return {}
+        model = parts.step.model if parts.training else parts.model
+        batches = parts.eval_batches(parts.eval_dataset)
+        evaluate = parts.given.eval_fn or self._run_evaluators
+        named = {f"eval/{name}": float(value) for name, value in evaluate(model, batches).items()}
+        if self.topology.is_main:
+            self.hooks.collie_evaluated(run=self.run, results=named, samples=self._sample_texts())
+        self.results |= named
+        return named
+
+    def save_model(self, path: str | Path) -> Path:
+        """Export to the transformers format, or an adapter alone to the peft format: whole or not at all."""
+        path = Path(path)
+        state = self.parts.step.state_dict() if self.parts.training else self.model.state_dict()
+        if self.topology.is_main:
+            write_folder(path, lambda folder: self._write_model(folder, state))
+            self.hooks.collie_checkpoint_saved(run=self.run, path=path)
+        self.topology.barrier()
+        return path
+
+    # -- how ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _recorded(self) -> Iterator[Run]:
+        """The run with its directory and facts; its end is told to the hooks whatever happens."""
+        if self.topology.is_main:
+            refuse_used_directory(self.config)
+        # Everything is built first: what is wrong with it leaves no directory behind.
+        run, registry = self.run, self.config.registry
+        run.facts.update(run_facts(self.parts))
+        check_agreement(registry.used(), self.topology)
+        if self.topology.is_main:
+            prepare_run_directory(self.config, registry.used())
+        error: BaseException | None = None
+        try:
+            yield run
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self.hooks.collie_run_end(run=run, error=error)
+
+    def _random_state(self) -> AbstractContextManager[None]:
+        """The caller's random state comes back after the run."""
+        device = self.topology.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    def _seed(self, step: int) -> int:
+        """Dropout depends on the seed, the step and the data-parallel rank, not on what ran before."""
+        return (self.config.train.seed << 32) + step * self.topology.dp.size + self.topology.dp.rank
+
+    def _target_tokens(self, batch: StepBatch) -> int:
+        return max(1, int(self.topology.sum_over_data(batch.target_tokens)))
+
+    def _run_evaluators(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
+        registry, sections = self.config.registry, self.config.evaluation.evaluators
+        metrics = [registry.build("metric", section.type, config=section) for section in sections]
+        feed(metrics, model, batches, self.parts.precision())
+        results: dict[str, float] = {}
+        for metric, *others in zip(*self.topology.gather_objects(metrics), strict=True):
+            for other in others:
+                metric.merge(other)
+            results |= metric.compute()
+        return results
+
+    def _sample_texts(self) -> list[SampleText]:
+        count, dataset = self.config.evaluation.print_samples, self.parts.eval_dataset
+        if not count or dataset is None:
+            return []
+        with self.parts.precision():
+            return sample_texts(cast("PreTrainedModel", self.model), self.parts.tokenizer, dataset, count)
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.results = {"step": self.run.step, "epoch": self.run.epoch, **values, **self.run.metrics}
+        self.run.metrics.clear()
+        if self.topology.is_main:
+            self.hooks.collie_metrics(run=self.run, values=dict(self.results))
+
+    def _write_model(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        adapter, tokenizer = self.config.adapter, self.parts.tokenizer
+        if adapter is not None:
+            self.config.registry.load("adapter", adapter.type).save(self.model, folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            save_pretrained(folder, cast("PreTrainedModel", self.model), state, tokenizer, self.parts.dtype)

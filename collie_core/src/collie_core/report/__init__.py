@@ -1,0 +1,43 @@
+"""What a run shows and leaves behind. Every part is an observer: an object with event hooks, on rank 0 only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from collie_core.report.rundir import prepare_run_directory, refuse_used_directory
+
+if TYPE_CHECKING:
+    from collie_core.config.run import RunConfig
+    from collie_core.loop import Trainer
+    from collie_core.topology import Topology
+
+__all__ = ["observers", "prepare_run_directory", "refuse_used_directory", "run_facts"]
+
+
+def observers(config: RunConfig, topology: Topology) -> list[object]:
+    """The standard observers of a run; none on ranks that do not write files.
+
+    pluggy calls the last one first, so that the console speaks when the files are written.
+
+    Raises:
+        RunError: one that `report_to` asks for is not installed.
+    """
+    if not topology.is_main:
+        return []
+    from collie_core.report.console import ConsoleReporter
+    from collie_core.report.html import HtmlReport
+    from collie_core.report.metrics import MetricsFile
+
+    standard: list[object] = [ConsoleReporter(), HtmlReport(), MetricsFile()]
+    if "tensorboard" in config.report_to:
+        from collie_core.report.tensorboard import TensorBoardReporter
+
+        standard.append(TensorBoardReporter())
+    return standard
+
+
+def run_facts(trainer: Trainer) -> dict[str, Any]:
+    """See `collie_core.report.facts.run_facts`, which needs the whole model side and is imported when called."""
+    from collie_core.report.facts import run_facts as facts
+
+    return facts(trainer)

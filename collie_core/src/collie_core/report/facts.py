@@ -1,0 +1,40 @@
+"""What is known of a run before its first step, for the summary a person sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from collie_core.data.dataset import segments
+
+if TYPE_CHECKING:
+    from collie_core.parts import Parts
+
+
+def run_facts(parts: Parts) -> dict[str, Any]:
+    """Model, batch arithmetic, precision, data and plugins; builds the parts it describes."""
+    config, data_parallel, samples = parts.config, parts.topology.dp.size, parts.train_dataset
+    parameters, trainable = parts.parameter_counts
+    _ = parts.step  # so that the optimizer's plugin is in the table
+    return {
+        "model": parts.model.config.model_type,  # type: ignore[union-attr]
+        "parameters": parameters,
+        "trainable_parameters": trainable,
+        "precision": str(parts.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else "CPU",
+        "engine": "torch" if config.parallel.zero_stage == 0 else f"DeepSpeed ZeRO-{config.parallel.zero_stage}",
+        "optimizer": config.optimizer.type,
+        "global_batch_size": parts.global_batch_size,
+        "per_device_train_batch_size": parts.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps(data_parallel),
+        "data_parallel_size": data_parallel,
+        "max_steps": parts.max_steps,
+        "epochs": parts.total_samples / samples.samples_per_epoch,
+        "train_samples": len(samples),
+        "train_tokens": samples.stats.tokens,
+        "eval_samples": len(parts.eval_dataset or ()),
+        "data_notes": samples.stats.lines(),
+        "plugins": [f"{row['name']} ({row['distribution']} {row['version']})" for row in parts.registry.used()],
+        "sample": segments(samples[0], parts.tokenizer),
+    }

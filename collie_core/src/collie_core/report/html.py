@@ -1,0 +1,176 @@
+"""report.html: a run on one page that opens offline."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from collie_core.errors import RunError
+from collie_core.hookspecs import Run
+from collie_core.plugins import hookimpl
+from collie_core.report import text
+from collie_core.report.console import summary_rows
+from collie_core.report.rundir import CONFIG, ENVIRONMENT, METRICS, PLUGINS, REPORT, SUMMARY, write_json
+
+TEMPLATE = Path(__file__).with_name("report.html.template")
+
+
+class HtmlReport:
+    """Writes summary.json and report.html when a run ends, also one that ends by an error."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    @hookimpl
+    def collie_run_start(self) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    @hookimpl
+    def collie_run_end(self, run: Run, error: BaseException | None) -> None:
+        """Write both files. What ended a run is not hidden behind a disk that is full."""
+        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+            write_json(run.output_dir / SUMMARY, summary(run, error, time.monotonic() - self._started))
+            write_report(run.output_dir)
+
+
+def summary(run: Run, error: BaseException | None, seconds: float) -> dict[str, Any]:
+    """What summary.json holds: how the run ended, its facts, and the same as sentences."""
+    facts = {name: value for name, value in run.facts.items() if name not in ("sample", "data_notes")}
+    return {
+        "outcome": _outcome(run, error),
+        "steps": run.step,
+        "max_steps": run.max_steps,
+        "seconds": round(seconds, 3),
+        "facts": facts,
+        "text": [[name, sentence] for name, sentence in summary_rows(run)],
+    }
+
+
+def _outcome(run: Run, error: BaseException | None) -> str:
+    if error is not None:
+        return f"ended early by {type(error).__name__}"
+    return f"stopped early: {run.stop_reason}" if run.stop_reason else "finished"
+
+
+def write_report(output_dir: Path) -> Path:
+    """Write report.html from the files of a run directory; files that are missing leave their part out.
+
+    Raises:
+        RunError: a file in the folder is damaged.
+    """
+    rows = read_metrics(output_dir / METRICS)
+    written = _read_json(output_dir / SUMMARY) or {}
+    plugins = _read_json(output_dir / PLUGINS) or []
+    environment = _read_json(output_dir / ENVIRONMENT) or {}
+    config = output_dir / CONFIG
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(output_dir.resolve().name),
+        outcome=escape(written.get("outcome", "not finished")),
+        tiles="".join(_tiles(rows, written)),
+        charts="".join(_figures(rows)),
+        summary=_table(written.get("text", [])),
+        plugins=_table([_plugin_row(plugin) for plugin in plugins], head=("name", "kind", "from")),
+        config=escape(config.read_text(encoding="utf-8") if config.exists() else ""),
+        environment=_table(_environment_rows(environment)),
+    )
+    path = output_dir / REPORT
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a killed run left unfinished is dropped.
+
+    Raises:
+        RunError: another line is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")  # the last item is what follows the last line end
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise RunError(f"{path}:{number} is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _read_json(path: Path) -> Any:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}") from error
+
+
+def _tiles(rows: Sequence[Mapping[str, Any]], written: Mapping[str, Any]) -> Iterator[str]:
+    """The few numbers one looks for first."""
+    last: dict[str, Any] = {}
+    for row in rows:
+        last.update(row)
+    if "step" in last:
+        yield _tile("steps", f"{last['step']:,}")
+    if "loss" in last:
+        yield _tile("last loss", text.loss(last["loss"]))
+    for name, value in last.items():
+        if name.startswith("eval/"):
+            yield _tile(name, text.loss(value))
+    if last.get("tokens") is not None:
+        yield _tile("tokens", text.count(last["tokens"]))
+    if "seconds" in written:
+        yield _tile("time", text.duration(written["seconds"]))
+
+
+def _tile(name: str, value: str) -> str:
+    return f"<div class=tile><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n"
+
+
+def _figures(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    from collie_core.report.charts import charts, to_svg  # matplotlib: half a second, only at the end
+
+    for chart in charts(rows):
+        yield f"<figure><figcaption>{escape(chart.title)}</figcaption>\n{to_svg(chart)}</figure>\n"
+
+
+def _table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+    body = "".join(_row(row, "td") for row in rows)
+    return f"<table>{_row(head, 'th') if head and body else ''}{body}</table>" if body else "<p>none</p>"
+
+
+def _row(cells: Sequence[object], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"
+
+
+def _plugin_row(plugin: Mapping[str, str]) -> tuple[str, str, str]:
+    return plugin["name"], plugin["kind"], f"{plugin['distribution']} {plugin['version']}"
+
+
+def _environment_rows(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    packages = environment.get("packages", {})
+    versions = {"python": environment.get("python")} | {
+        name: packages.get(name) for name in ("collie-core", "torch", "transformers", "deepspeed", "peft")
+    }
+    cpu, git = environment.get("cpu") or {}, environment.get("git")
+    yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    yield "platform", environment.get("platform", "")
+    yield (
+        "cpu",
+        f"{cpu.get('model', '')} ({cpu.get('cores', '?')} cores, {text.memory(cpu.get('memory_bytes'))})",
+    )
+    for gpu in environment.get("gpus", ()):
+        yield "gpu", f"{gpu['model']} ({text.memory(gpu['memory_bytes'])})"
+    if git:
+        yield "git", git["commit"] + (" with changes" if git["changed"] else "")
+    yield "command", " ".join(environment.get("command", ()))

@@ -1,0 +1,217 @@
+"""The run directory: taking it, and the files that say what ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collie_core.errors import RunError
+
+if TYPE_CHECKING:
+    from collie_core.config.run import RunConfig
+
+CONFIG = "config.yaml"
+PLUGINS = "plugins.json"
+ENVIRONMENT = "environment.json"
+SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+REPORT = "report.html"
+TENSORBOARD = "tensorboard"
+MODEL = "model"
+CHECKPOINTS = "checkpoints"
+
+HEADER = "# Written by CoLLiE: the configuration of this run, everything resolved.\n"
+
+# What CoLLiE writes, as patterns below the run directory. Overwriting a run removes these and nothing else.
+OWN_FILES = (
+    PLUGINS,
+    ENVIRONMENT,
+    SUMMARY,
+    METRICS,
+    REPORT,
+    f"{TENSORBOARD}/events.out.tfevents.*",
+    f"{MODEL}/*.safetensors",
+    f"{MODEL}/*.safetensors.index.json",
+    f"{MODEL}/config.json",
+    f"{MODEL}/generation_config.json",
+    f"{MODEL}/adapter_config.json",
+    f"{MODEL}/tokenizer*",
+    f"{MODEL}/special_tokens_map.json",
+    f"{MODEL}/added_tokens.json",
+    f"{MODEL}/vocab.json",
+    f"{MODEL}/merges.txt",
+    f"{MODEL}/chat_template.jinja",
+    f"{MODEL}/README.md",
+)
+OWN_FOLDERS = (f"{CHECKPOINTS}/step-*",)
+
+
+def refuse_used_directory(config: RunConfig) -> None:
+    """Check that the run may write to its output folder; changes nothing.
+
+    Raises:
+        RunError: the folder holds a run and `train.overwrite_output_dir` is off, or it is not a folder, or its
+            config.yaml is somebody else's.
+    """
+    output_dir = Path(config.train.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise RunError(f"train.output_dir={output_dir} is a file; name a folder")
+    found = [name for name in (METRICS, CONFIG) if (output_dir / name).exists()]
+    if not found:
+        return
+    if not config.train.overwrite_output_dir:
+        raise RunError(
+            f"train.output_dir={output_dir} already holds a run ({', '.join(found)}); choose another folder, or set "
+            "train.overwrite_output_dir=true to replace it"
+        )
+    if CONFIG in found and not _is_ours(output_dir / CONFIG):
+        raise RunError(
+            f"{output_dir / CONFIG} was not written by CoLLiE and would be overwritten; choose another "
+            "train.output_dir"
+        )
+
+
+def prepare_run_directory(config: RunConfig, registry_table: Sequence[Mapping[str, str]]) -> Path:
+    """Take the output folder and write config.yaml, plugins.json and environment.json into it.
+
+    Args:
+        registry_table: the plugins in use: kind, name, distribution, version, value.
+
+    Raises:
+        RunError: see `refuse_used_directory`; or the folder cannot be written.
+    """
+    refuse_used_directory(config)
+    output_dir = Path(config.train.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _remove_own_files(output_dir)
+        (output_dir / CONFIG).write_text(HEADER + config.to_yaml(), encoding="utf-8")
+        write_json(output_dir / PLUGINS, list(registry_table))
+        write_json(output_dir / ENVIRONMENT, environment())
+    except OSError as error:
+        raise RunError(f"train.output_dir={output_dir} cannot be written: {error}") from error
+    return output_dir
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented, strict JSON. What JSON does not know is written as text."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """What a person needs to repeat the run elsewhere. No environment variables; secrets in the command masked."""
+    return {
+        "command": list(redacted(sys.argv)),
+        "working_directory": os.getcwd(),
+        "git": git_state(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "packages": _packages(),
+    }
+
+
+def redacted(arguments: Sequence[str]) -> Iterator[str]:
+    """Command-line arguments, with the values of keys that sound secret and passwords in URLs masked."""
+    secret_follows = False
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        is_secret = bool(_SECRET.search(key)) and (bool(equals) or key.startswith("-"))
+        if secret_follows:
+            yield "***"
+        elif is_secret and equals:
+            yield f"{key}=***"
+        else:
+            yield _URL_PASSWORD.sub(r"\1***@", argument)
+        secret_follows = is_secret and not equals
+
+
+_SECRET = re.compile(r"(^|[._-])(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(\w+://)[^/@\s]+@")
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any] | None:
+    """Commit of the working directory and whether files differ from it; None outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD", cwd=folder)
+        changed = bool(_git("status", "--porcelain", "--untracked-files=no", cwd=folder))
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit, or one too large to ask
+        return None
+    return {"commit": commit, "changed": changed}
+
+
+def _git(*arguments: str, cwd: Path | None) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def _cpu() -> dict[str, Any]:
+    import psutil
+
+    return {
+        "model": _cpu_model(),
+        "cores": psutil.cpu_count(logical=True),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")  # where platform.processor() says nothing: Linux
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [{"model": device.name, "memory_bytes": device.total_memory} for device in devices]
+
+
+def _packages() -> dict[str, str]:
+    found = {
+        dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]
+    }
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline() == HEADER
+
+
+def _remove_own_files(output_dir: Path) -> None:
+    for pattern in OWN_FILES:
+        for path in output_dir.glob(pattern):
+            path.unlink()
+    for pattern in OWN_FOLDERS:
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path)
+    for folder in (TENSORBOARD, MODEL, CHECKPOINTS):
+        path = output_dir / folder
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()

@@ -1,0 +1,65 @@
+"""TensorBoard events, when `report_to` asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from collie_core.errors import RunError
+from collie_core.hookspecs import Run
+from collie_core.plugins import hookimpl
+from collie_core.report.rundir import TENSORBOARD
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoardReporter:
+    """Writes scalars into `<output_dir>/tensorboard`: `train/loss`, `eval/perplexity`, ...
+
+    Raises:
+        RunError: tensorboard is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import torch.utils.tensorboard  # noqa: F401  (found now rather than after the model is built)
+        except ImportError as error:
+            raise RunError(
+                "report_to: tensorboard is not installed; pip install 'collie-core[tensorboard]', or remove it "
+                f"from report_to ({error})"
+            ) from error
+        self._writer: SummaryWriter | None = None  # open between run start and run end
+
+    @hookimpl
+    def collie_run_start(self, run: Run) -> None:
+        """Open the event file and record the configuration."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.output_dir / TENSORBOARD))
+        self._writer.add_text("config", f"```yaml\n{run.config.to_yaml()}\n```", 0)
+
+    @hookimpl
+    def collie_metrics(self, run: Run, values: Mapping[str, Any]) -> None:
+        """Record the numbers of a step."""
+        numbers = {name: value for name, value in values.items() if name != "step"}
+        self._write(numbers, run.step)
+
+    @hookimpl
+    def collie_evaluated(self, run: Run, results: Mapping[str, float]) -> None:
+        """Record the results of an evaluation."""
+        self._write(results, run.step)
+
+    @hookimpl
+    def collie_run_end(self, run: Run) -> None:
+        """Write out what is still buffered and close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, numbers: Mapping[str, Any], step: int) -> None:
+        if self._writer is None:
+            return
+        for name, value in numbers.items():
+            if value is not None:
+                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)

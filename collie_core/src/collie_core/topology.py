@@ -1,0 +1,101 @@
+"""Where this process stands among the others: an immutable value, passed in and never global.
+
+Only `Topology.start` touches `torch.distributed`; everything else asks the value it was given.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from collie_core.errors import RunError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from collie_core.config.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of parallelism."""
+
+    size: int = 1
+    rank: int = 0
+    group: ProcessGroup | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes, ranks and groups of the run. `local_rank` counts the processes of this machine."""
+
+    dp: Axis = Axis()
+    tp: Axis = Axis()
+    pp: Axis = Axis()
+    world_size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+
+    @classmethod
+    def start(cls, parallel: ParallelConfig) -> Topology:
+        """The topology of this process, from the launcher's environment (torchrun, srun) and the config.
+
+        Starts `torch.distributed` (nccl on CUDA, gloo elsewhere) when there is more than one process and the
+        embedding program has not started it.
+
+        Raises:
+            RunError: the sizes asked for do not multiply to the number of processes.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        wanted = parallel.data_parallel_size
+        if wanted not in ("auto", world_size):
+            raise RunError(
+                f"parallel.data_parallel_size={wanted} needs {wanted} processes, but {world_size} were started; "
+                f"set it to auto, or start the run with torchrun --nproc-per-node {wanted}"
+            )
+        if world_size == 1:
+            return cls()
+        if not dist.is_initialized():
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout_s))
+        return cls(Axis(world_size, rank, dist.group.WORLD), Axis(), Axis(), world_size, rank, local_rank)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the person."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process: its own GPU, or the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+    def sum_over_data(self, value: int | float) -> int | float:
+        """The sum of a number over the data-parallel ranks, exact for integers below 2^53."""
+        if self.dp.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.dp.group)
+        return type(value)(total.item())
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()

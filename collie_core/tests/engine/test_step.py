@@ -1,0 +1,187 @@
+"""Steps against a loop that knows only torch and transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
+
+from collie_core.data.loader import Batch, StepBatch
+from collie_core.engine.deepspeed_config import deepspeed_config
+from collie_core.engine.step import Step, TorchStep, token_mean_loss
+from collie_core.errors import RunError
+from collie_core.topology import Topology
+
+STEPS, CLIP, LR = 6, 0.5, 1e-2
+
+
+def make_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_batches(rows: int = 2) -> list[StepBatch]:
+    """Steps of one to three micro-batches of different lengths and numbers of targets."""
+    generator = torch.Generator().manual_seed(1)
+    steps = []
+    for step in range(STEPS):
+        micro_batches = []
+        for index in range(1 + step % 3):
+            ids = torch.randint(0, 64, (rows, 9 + index), generator=generator)
+            labels = ids.clone()
+            labels[:, 0] = -100
+            labels[0, :4] = -100
+            micro_batches.append(Batch(ids, labels, None))
+        targets = sum(batch.target_tokens for batch in micro_batches)
+        steps.append(StepBatch(micro_batches, samples=2, target_tokens=targets, tokens=0, epoch=0.0))
+    return steps
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+
+def reference(batches: list[StepBatch]) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Losses, gradient norms and final weights of a hand-written loop over one concatenated float32 loss."""
+    model = make_model()
+    optimizer = optimizer_of(model)
+    scheduler = get_scheduler("cosine", optimizer, 1, STEPS)
+    numbers = []
+    for step in batches:
+        losses = []
+        for batch in step.micro_batches:
+            logits = model(batch.input_ids).logits[:, :-1]
+            targets = batch.labels[:, 1:]
+            losses.append(nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").flatten())
+        loss = torch.cat(losses).sum() / step.target_tokens
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        numbers.append((loss.item(), norm.item()))
+    return numbers, model.state_dict()
+
+
+def torch_step(dtype: torch.dtype = torch.float32) -> TorchStep:
+    model = make_model()
+    optimizer = optimizer_of(model)
+    scheduler = get_scheduler("cosine", optimizer, 1, STEPS)
+    return TorchStep(model, optimizer, scheduler, topology=Topology(), dtype=dtype, max_grad_norm=CLIP)
+
+
+def deepspeed_step(stage: int, dtype: torch.dtype = torch.float32) -> Step:
+    from collie_core.engine.deepspeed_step import DeepSpeedStep
+
+    model = make_model()
+    optimizer = optimizer_of(model)
+    scheduler = get_scheduler("cosine", optimizer, 1, STEPS)
+    config = deepspeed_config(
+        zero_stage=stage, dtype=dtype, micro_batch_size=2, data_parallel_size=1, max_grad_norm=CLIP, overrides={}
+    )
+    return DeepSpeedStep(model, optimizer, scheduler, config=config, topology=Topology())
+
+
+def drive(step: Step, batches: list[StepBatch]) -> list[tuple[float, float]]:
+    return [(step.forward_backward(batch, batch.target_tokens).item(), step.update()) for batch in batches]
+
+
+def assert_equal(numbers: list[tuple[float, float]], expected: list[tuple[float, float]], within: float) -> None:
+    assert torch.tensor(numbers).sub(torch.tensor(expected)).abs().max() <= within
+
+
+def test_torch_step_equals_a_hand_written_loop() -> None:
+    expected, weights = reference(make_batches())
+    step = torch_step()
+    assert_equal(drive(step, make_batches()), expected, 1e-6)
+    for name, value in step.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_step_equals_a_hand_written_loop(stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of collie-core and is not installed")
+    expected, weights = reference(make_batches())
+    step = deepspeed_step(stage)
+    assert_equal(drive(step, make_batches()), expected, 1e-6)
+    state = step.state_dict()
+    assert state.keys() == weights.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [torch_step, lambda dtype: deepspeed_step(1, dtype)], ids=["torch", "deepspeed"])
+def test_bfloat16_follows_float32(make: Callable[[torch.dtype], Step]) -> None:
+    expected, _ = reference(make_batches())
+    assert_equal(drive(make(torch.bfloat16), make_batches()), expected, 2e-2)
+
+
+def test_float16_scaler_skips_an_overflow_and_recovers() -> None:
+    step = torch_step(torch.float16)
+    before = copy.deepcopy(dict(step.state_dict()))
+    batch = make_batches()[0]
+    step.forward_backward(batch, batch.target_tokens)
+    step.parameters[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
+    scale = step.scaler.get_scale()
+    assert step.update() == float("inf")
+    assert step.scaler.get_scale() < scale
+    assert step.learning_rate == 0.0  # the schedule did not advance
+    for name, value in step.state_dict().items():
+        assert torch.equal(value, before[name])
+    losses = [loss for loss, _ in drive(step, make_batches())]
+    assert all(loss == loss for loss in losses)
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_the_update() -> None:
+    step = torch_step()
+    before = copy.deepcopy(dict(step.state_dict()))
+    batch = make_batches()[0]
+    step.forward_backward(batch, batch.target_tokens)
+    step.parameters[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
+    with pytest.raises(RunError, match=r"gradient norm is nan.*optimizer\.lr"):
+        step.update()
+    for name, value in step.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_token_mean_ignores_masked_and_unpredicted_positions() -> None:
+    logits = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[-100, 1, 2, -100, 3], [-100, -100, 4, 5, -100]])
+    picked = [(0, 0, 1), (0, 1, 2), (0, 3, 3), (1, 1, 4), (1, 2, 5)]
+    expected = -sum(logits[row, at].log_softmax(0)[token] for row, at, token in picked) / 11
+    outputs = type("Outputs", (), {"logits": logits})
+    torch.testing.assert_close(
+        token_mean_loss(outputs, labels, 11).double(), torch.as_tensor(expected), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_handed_in_functions_replace_loss_and_forward() -> None:
+    model = make_model()
+    optimizer = optimizer_of(model)
+    scheduler = get_scheduler("constant", optimizer)
+    batch = make_batches()[0]
+
+    def train_fn(model: nn.Module, batch: Batch, target_tokens: int) -> Tensor:
+        return 3 * token_mean_loss(model(batch.input_ids), batch.labels, target_tokens)
+
+    tripled = TorchStep(
+        model, optimizer, scheduler, topology=Topology(), dtype=torch.float32, max_grad_norm=None, train_fn=train_fn
+    )
+    expected, _ = reference(make_batches())
+    assert tripled.forward_backward(batch, batch.target_tokens).item() == pytest.approx(3 * expected[0][0], rel=1e-6)
+    assert tripled.update() == pytest.approx(3 * expected[0][1], rel=1e-5)
