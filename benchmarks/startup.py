@@ -1,14 +1,14 @@
 """How long the command line takes to start when 50 plugin distributions are installed.
 
 Measured is the CPU time (user + system, as the kernel accounts it for the child process) of whole commands,
-median of ten: unlike wall time it does not depend on what else the machine is doing. The 50 distributions are
-generated into a temporary folder on PYTHONPATH: 5 are broken, 20 import torch when they are built, and all are
-listed. For `collie validate` a probe in the child also reports whether torch was imported; it must not be.
+median of ten: unlike wall time it does not depend on what else the machine is doing. The 50 distributions
+are generated into a temporary folder on PYTHONPATH: 5 are broken, 20 import torch when they are built, and
+all are listed. A probe in the child also reports whether torch was imported; our commands must not.
 
     python benchmarks/startup.py [--peer "trl --help"] [--runs 10]
 
-`trl --help` and `litgpt --help` are measured beside ours when they are on PATH; --peer adds other commands, for
-instance of another virtual environment. Prints a Markdown table; exit code 1 when a target is missed.
+`trl --help` and `litgpt --help` are measured beside ours when they are on PATH; --peer adds other commands,
+for instance of another virtual environment. Prints a Markdown table; exit code 1 when a target is missed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY / "collie_core" / "tests" / "support"))
 
-from fake_dists import write_distribution  # noqa: E402
+from fake_dists import write_many  # noqa: E402
 
 QUICKSTART = REPOSITORY / "examples" / "quickstart.yaml"
 PEERS = ("trl --help", "litgpt --help")
-KINDS = ("optimizer", "metric", "adapter")
 
-# Runs in the child when it starts (Python imports the module of this name) and tells at exit what was imported.
+# Runs in the child when it starts (Python imports it by itself) and tells at exit what was imported.
 PROBE = """
 import atexit, os, sys
 def tell():
@@ -57,22 +56,6 @@ class Measured:
     def met(self) -> bool:
         """Whether the target, if there is one, is met."""
         return self.target is None or (self.seconds <= self.target and not self.torch)
-
-
-def write_plugins(site: Path, count: int = 50, broken: int = 5, heavy: int = 20) -> None:
-    """Install `count` distributions into `site`: the first `broken` do not import, the next `heavy` need torch."""
-    for number in range(count):
-        kind, module = KINDS[number % len(KINDS)], f"startup_pack_{number}"
-        description = (
-            f'from collie_core.api import Component\nPART = Component(build="{module}.build:Part")\n'
-        )
-        build = "import torch\n" if broken <= number < broken + heavy else ""
-        files = {
-            f"{module}/__init__.py": "import no_such_module\n" if number < broken else description,
-            f"{module}/build.py": f"{build}class Part: ...\n",
-        }
-        groups = {f"collie.{kind}": {f"part-{number}": f"{module}:PART"}}
-        write_distribution(site, f"collie-startup-{number}", groups=groups, files=files)
 
 
 def cpu_seconds(command: Sequence[str], environment: dict[str, str]) -> float:
@@ -126,8 +109,8 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder)
-        write_plugins(site)
-        (site / "usercustomize.py").write_text(PROBE, encoding="utf-8")
+        write_many(site, count=50, broken=5, heavy=20)
+        (site / "sitecustomize.py").write_text(PROBE, encoding="utf-8")
         rows = measure_all(site, args.runs, [*PEERS, *args.peer])
     print(table(rows))
     return 0 if all(row.met for row in rows) else 1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_dists import write_many
 
 from collie_core.cli import VERBS, main
 
@@ -106,6 +109,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "collie 0.1.0\n"
 
 
+@pytest.mark.parametrize(("argv", "target"), [(["--help"], 0.15), (["plugins"], 0.3)])
+def test_starting_with_fifty_plugins_is_quick(
+    site: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], target: float
+) -> None:
+    write_many(site, count=50, broken=5, heavy=20)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # as users run it: with compiled modules
+    assert min(_cpu_seconds("-m", "collie_core.cli", *argv) for _ in range(5)) <= target
+
+
+def _cpu_seconds(*argv: str) -> float:
+    """User and system time of one interpreter, which other programs on the machine do not lengthen."""
+    with subprocess.Popen([sys.executable, *argv], stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime
+
+
 # -- finding verbs ------------------------------------------------------------------------------------------
 
 
@@ -198,16 +219,20 @@ def test_a_bug_keeps_its_traceback(brew: None) -> None:
         main(["brew", "bug"])
 
 
-def test_a_closed_pipe_is_no_error(install: Any) -> None:
-    code = "def add_arguments(parser): ...\ndef run(args):\n  print('x' * 1_000_000)\n  return 0\n"
-    install("collie-flood", groups={"collie.commands": {"flood": "flood"}}, files={"flood.py": code})
-    command = [sys.executable, "-m", "collie_core.cli", "flood"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+def test_a_closed_pipe_is_no_error(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    code = "def add_arguments(parser): ...\ndef run(args):\n  print(input())\n  return 0\n"
+    install("collie-echo", groups={"collie.commands": {"echo": "echo_verb"}}, files={"echo_verb.py": code})
+    command = [sys.executable, "-m", "collie_core.cli", "echo"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        process.stdout.read(1)
         process.stdout.close()
-        assert process.stderr.read() == b""
+        process.stdin.write("a few words, less than a buffer\n")
+        process.stdin.flush()
+        assert process.stderr.read() == ""
         assert process.wait(timeout=60) == 141
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_dists import write_distribution
 
-from collie_core.config.base import ComponentConfig
+from collie_core.config.base import ComponentConfig, OptimizerConfig
 from collie_core.errors import ModelError, PluginError
 from collie_core.hookspecs import Can, MetricCan, OptimizerCan
 from collie_core.plugins import CATALOGUE, GROUPS, Entry, Plugins, check_agreement
@@ -249,12 +249,13 @@ def test_a_name_given_twice_is_an_error_only_when_asked_for(install: Any) -> Non
     )
 
 
-def test_an_ambiguous_name_is_built_from_the_section_that_was_validated(install: Any) -> None:
+def test_an_ambiguous_name_is_built_by_its_full_name(install: Any) -> None:
     _swift(install)
     _swift(install, "collie-swift-too", module="swift_too")
     plugins = Plugins.discover()
     section = plugins.config_model("optimizer", "collie-swift-too:swift")(type="swift")
-    assert type(plugins.build("optimizer", section, params=[])).__module__ == "swift_too.impl"
+    built = plugins.build("optimizer", "collie-swift-too:swift", params=[], config=section)
+    assert type(built).__module__ == "swift_too.impl"
 
 
 def test_one_distribution_that_gives_a_name_twice(install: Any) -> None:
@@ -366,6 +367,12 @@ def test_a_plugin_for_another_core(install: Any, requirement: str, cause: str) -
     assert "swift_pack" not in sys.modules  # known before it is imported
 
 
+def test_a_development_version_of_the_core_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collie_core.plugins.__version__", "0.2.0.dev3")
+    entry = Entry("metric", "one", "collie-one", "1.0", "one:ONE", requires_core=">=0.1.5,<1")
+    assert entry.incompatible() == ""
+
+
 def test_an_unknown_group_is_reported_and_harmless(install: Any) -> None:
     install("collie-typo", groups={"collie.optimiser": {"one": "typo:ONE"}})
     (entry,) = [entry for entry in Plugins.discover().entries if entry.distribution == "collie-typo"]
@@ -385,6 +392,12 @@ def test_no_config_means_nothing_but_the_type(install: Any) -> None:
         with pytest.raises(ValueError, match="validation error"):
             model(**wrong)
     assert plugins.config_model("metric", "collie-one:one") is model
+
+
+def test_an_optimizer_without_options_still_has_a_learning_rate(install: Any) -> None:
+    model = _one(install, "optimizer", 'build="one_pack:O"', "").config_model("optimizer", "one")
+    assert list(model.model_fields) == ["type", "lr", "weight_decay"]
+    assert issubclass(model, OptimizerConfig)
 
 
 @pytest.mark.parametrize(
@@ -426,7 +439,11 @@ class A:
 @pytest.mark.parametrize(
     ("kind", "code", "cause"),
     [
-        ("optimizer", "def T(): ...", "T() must accept (params): too many positional arguments"),
+        (
+            "optimizer",
+            "def T(): ...",
+            "T() must accept (params, lr=..., weight_decay=...): too many positional arguments",
+        ),
         ("optimizer", "T = 5", "an object of type int cannot be called"),
         ("adapter", "class T: pass", "T has no method attach(model, config)"),
         (
@@ -468,7 +485,7 @@ def test_a_factory_function_is_checked_by_what_it_returns(install: Any) -> None:
     plugins = _one(install, "metric", 'build="one_pack:T"', "def T(): return []")
     section = plugins.config_model("metric", "one")(type="one")
     with pytest.raises(PluginError, match=r"list has no method update\(prediction, target\)"):
-        plugins.build("metric", section)
+        plugins.build("metric", "one", config=section)
 
 
 def test_adapter_and_model_classes_are_instantiated_once(install: Any) -> None:
@@ -477,7 +494,7 @@ def test_adapter_and_model_classes_are_instantiated_once(install: Any) -> None:
     assert not isinstance(adapter, type)
     assert plugins.load("adapter", "collie-one:one") is adapter
     section = plugins.config_model("adapter", "one")(type="one")
-    assert plugins.build("adapter", section, model="the model") == "the model"
+    assert plugins.build("adapter", "one", model="the model", config=section) == "the model"
 
 
 def test_used_lists_what_was_loaded(install: Any) -> None:
@@ -521,7 +538,7 @@ def collie_build_optimizer(params):
 
 def _build_swift(plugins: Plugins) -> Any:
     section = plugins.config_model("optimizer", "swift")(type="swift", speed=3.0)
-    return plugins.build("optimizer", section, params=["group"])
+    return plugins.build("optimizer", "swift", params=["group"], config=section)
 
 
 def test_the_core_passes_the_fields_of_the_config(install: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -561,7 +578,7 @@ def test_a_failing_build_names_the_plugin(install: Any) -> None:
     with pytest.raises(
         PluginError, match=r"collie-one 1\.0: metric 'one' .* could not be built: KeyError: 'vocab'"
     ):
-        plugins.build("metric", section)
+        plugins.build("metric", "one", config=section)
 
 
 def test_an_error_for_users_passes_as_it_is() -> None:

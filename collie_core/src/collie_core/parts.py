@@ -110,7 +110,6 @@ class Parts:
             self.tokenizer,
             vocab_size=cast(int, self.model.config.vocab_size),  # type: ignore[union-attr]
             name=name,
-            topology=self.topology,
         )
 
     @property

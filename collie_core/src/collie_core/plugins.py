@@ -400,7 +400,7 @@ class Plugins:
         return self._components[entry]
 
     def config_model(self, kind: str, name: str) -> type[ComponentConfig]:
-        """The pydantic model of the plugin's section; one with nothing but `type` when it has no options."""
+        """The pydantic model of the plugin's section; a generated one when the plugin has no options."""
         entry = self.find(kind, name)
         if entry not in self._config_models:
             component = self.component(kind, name)
@@ -434,23 +434,13 @@ class Plugins:
             raise broken(entry, f"{component.build} does not fit: {fault}")
         return target
 
-    def build(self, kind: str, section: ComponentConfig, **objects: Any) -> Any:
-        """Load the plugin of a component section and let the hook `collie_build_<kind>` make the thing.
+    def build(self, kind: str, name: str, **objects: Any) -> Any:
+        """Load a plugin and let the hook `collie_build_<kind>` make the thing from it and `objects`.
 
-        The section is the hook's `config`; `objects` are its other arguments. Errors as `build_target`.
+        `objects` are the arguments of the hook less `target`. Errors as `load` and `build_target`.
         """
-        entry = self._entry_of(kind, section)
-        target = self.load(kind, entry.qualified)
-        return self.build_target(kind, target, label=str(entry), config=section, **objects)
-
-    def _entry_of(self, kind: str, section: ComponentConfig) -> Entry:
-        """The plugin whose config model the section is: also right where its short name is ambiguous."""
-        owners = [
-            entry
-            for entry, model in self._config_models.items()
-            if entry.kind == kind and model is type(section)
-        ]
-        return owners[0] if len(owners) == 1 else self.find(kind, section.type)
+        entry = self.find(kind, name)
+        return self.build_target(kind, self.load(kind, name), label=str(entry), **objects)
 
     def build_target(self, kind: str, target: Any, *, label: str = "", **objects: Any) -> Any:
         """`build` for a target that is already at hand and need not be a plugin's, as a stock model family.
@@ -571,15 +561,17 @@ def _config_model(entry: Entry, component: Component) -> type[ComponentConfig]:
 
 
 def _bare_config(entry: Entry) -> type[ComponentConfig]:
+    """The fields that every plugin of the kind has: `type`, and for an optimizer `lr` and `weight_decay`."""
     from typing import Literal
 
     from pydantic import create_model
 
-    from collie_core.config.base import ComponentConfig
+    from collie_core.config.base import ComponentConfig, OptimizerConfig
 
+    base = OptimizerConfig if entry.kind == "optimizer" else ComponentConfig
     tag: Any = Literal[entry.name]
     title = entry.name.title().replace("-", "") + "Config"
-    return create_model(title, __base__=ComponentConfig, type=(tag, entry.name))
+    return create_model(title, __base__=base, type=(tag, entry.name))
 
 
 def _options(model: type[ComponentConfig]) -> list[str]:

@@ -35,3 +35,20 @@ def write_distribution(
         (site / path).parent.mkdir(parents=True, exist_ok=True)
         (site / path).write_text(text, encoding="utf-8")
     return info
+
+
+def write_many(site: Path, count: int, broken: int, heavy: int) -> None:
+    """Install `count` distributions: the first `broken` do not import, the next `heavy` build with torch."""
+    kinds = ("optimizer", "metric", "adapter")
+    for number in range(count):
+        kind, module = kinds[number % len(kinds)], f"many_pack_{number}"
+        description = (
+            f'from collie_core.api import Component\nPART = Component(build="{module}.build:Part")\n'
+        )
+        build = "import torch\n" if broken <= number < broken + heavy else ""
+        files = {
+            f"{module}/__init__.py": "import no_such_module\n" if number < broken else description,
+            f"{module}/build.py": f"{build}class Part: ...\n",
+        }
+        groups = {f"collie.{kind}": {f"part-{number}": f"{module}:PART"}}
+        write_distribution(site, f"collie-many-{number}", groups=groups, files=files)

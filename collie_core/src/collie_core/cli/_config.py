@@ -1,4 +1,4 @@
-"""What every verb that takes a configuration shares: `CONFIG [key=value ...] [--key value | --key=value ...]`."""
+"""What every verb with a configuration shares: `CONFIG [key=value ...] [--key value | --key=value ...]`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The file, and overrides of its keys; they arrive as `args.config` and `args.overrides`."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file")
     parser.epilog = (
-        "Any key of the file can be set behind it, in any of the forms train.max_steps=10, --train.max_steps=10 and "
-        "--train.max_steps 10; an item of a list by its index, as in data.train.0.weight=2."
+        "Any key of the file can be set behind it: train.max_steps=10, --train.max_steps=10 and "
+        "--train.max_steps 10 are the same; an item of a list has its index, as in data.train.0.weight=2."
     )
     parse = parser.parse_known_args
 

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         default="quickstart",
-        help="quickstart: a tiny llama from random weights, on a CPU; finetune: all weights of a pretrained model; "
-        "lora: a few added ones; pretrain: a small llama from random weights, on text (default: %(default)s)",
+        help="quickstart: a tiny llama from random weights, on a CPU; finetune: all weights of a pretrained "
+        "model; lora: a few added ones; pretrain: a small llama, on text (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="replace the file when there is one")
 
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w" if args.force else "x", encoding="utf-8") as file:
             file.write(text)
-    except FileExistsError:
-        raise RunError(f"{path} is there already: give another name, or --force to replace it") from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            raise RunError(f"{path} is there already: give another name, or --force to replace it") from None
         raise RunError(f"cannot write {path}: {error.strerror}") from error
     print(f"wrote {path} ({args.preset})")
     print(f"  1. {PRESETS[args.preset].data_hint}")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The config file, its overrides, and the form of the answer."""
     add_config_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object: ok, problems, and what was resolved")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object: ok, problems, and what was resolved"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,14 +38,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer, indent=2, default=str))
+    print(json.dumps(answer, indent=2))
 
 
 def _as_object(problem: Problem) -> dict[str, Any]:
     file, _, line = problem.origin.rpartition(":")
     located = {"file": file, "line": int(line)} if line.isdigit() else {"file": problem.origin, "line": None}
-    written = {} if problem.value is MISSING else {"value": problem.value}
+    written = {} if problem.value is MISSING else {"value": _as_json(problem.value)}
     return {**located, "key": problem.key, **written, "rule": problem.rule, "hint": problem.hint.strip()}
+
+
+def _as_json(value: object) -> object:
+    """What a JSON reader takes: NaN and infinity, which are among the mistakes, become text."""
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
 
 
 def _plugins(config: RunConfig) -> list[str]:

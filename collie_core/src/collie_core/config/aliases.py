@@ -1,7 +1,7 @@
 """Names that other tools use for what CoLLiE has: understood, with a note that says the name here.
 
-A name is looked for in every section of the core, and at the root; `section.name` only in that section. A name that
-is a field where it stands is never an alias.
+A name is looked for in every section of the core, and at the root; `section.name` only in that section.
+A name that is a field where it stands is never an alias.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from collie_core.config.document import Document
     from collie_core.config.problems import Guide
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "bf16-true": "bfloat16", "bf16-mixed": "bfloat16"}
-_OPTIMIZERS = {name: "adamw" for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf", "AdamW")}
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "bf16-true": "bfloat16",
+    "bf16-mixed": "bfloat16",
+}
+_OPTIMIZERS = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "AdamW"), "adamw")
 _SELECTED = {True: "completion", False: "all"}
 
 
@@ -115,7 +121,7 @@ _FREE = ("deepspeed", "plugins")  # no names of other tools are looked for in th
 
 def normalise(document: Document, guide: Guide) -> None:
     """Rename the aliases in `document` in place, and drop sections in which nothing is written."""
-    data = document.data = {key: value for key, value in document.data.items() if value is not None}
+    data = document.data = _copy(document.data)
     _zero_shorthand(document)
     if isinstance(data.get("model"), str):
         _note(document, "model", "model.model_name_or_path")
@@ -123,9 +129,17 @@ def normalise(document: Document, guide: Guide) -> None:
     for key in list(data):
         _rename(document, guide, key)
         if isinstance(data.get(key), dict) and key in guide.root.model_fields and key not in _FREE:
-            data[key] = dict(data[key])  # what a caller handed in stays as it is
             for name in list(data[key]):
                 _rename(document, guide, f"{key}.{name}")
+
+
+def _copy(data: Mapping[str, Any]) -> dict[str, Any]:
+    """So that what a caller handed in stays as it is. A section in which nothing is written is none."""
+    return {
+        key: dict(value) if isinstance(value, dict) else value
+        for key, value in data.items()
+        if value is not None
+    }
 
 
 def find(guide: Guide, data: Mapping[str, Any], key: str) -> Alias | None:
@@ -185,7 +199,7 @@ def put(data: dict[str, Any], key: str, value: Any) -> bool:
         written = {SHORT[section]: written} if isinstance(written, str) and section in SHORT else written
         if not isinstance(written, dict):
             return False
-        holder = data[section] = dict(written)
+        holder = data[section] = written
     holder[name] = value
     return True
 

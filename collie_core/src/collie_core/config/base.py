@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Annotated, Any, get_args
 
 from pydantic import (
@@ -12,14 +11,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     ValidationInfo,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
-
-__all__ = ["ComponentConfig", "ConfigModel", "NonNegativeInt", "OptimizerConfig", "PlainMapping", "PositiveInt"]
 
 LARGEST = 2**63 - 1  # what torch, numpy and a C long hold
 
@@ -36,8 +31,8 @@ class ConfigModel(BaseModel):
         assert info.field_name is not None
         annotation = cls.model_fields[info.field_name].annotation
         for number in _numbers(value):
-            if isinstance(number, bool) and not _takes_bool(annotation):
-                raise PydanticCustomError("bool_as_number", "must not be true or false")
+            if isinstance(number, bool) and _wants_number(annotation):
+                raise PydanticCustomError("bool_as_number", "must be a number, not true or false")
             if abs(number) > LARGEST:
                 raise PydanticCustomError("too_large", "must be smaller than 2^63")
         return value
@@ -52,21 +47,27 @@ def _numbers(value: object) -> Iterator[int]:
         yield value
 
 
-@cache
-def _takes_bool(annotation: Any) -> bool:
-    """Whether a field may hold a boolean; sections inside a field check their own fields."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return True
-    if annotation in (bool, Any, object) or annotation in (True, False):
-        return True
-    return any(_takes_bool(part) for part in get_args(annotation))
+def _wants_number(annotation: Any) -> bool:
+    """Whether a field, or the items of one, may be numbers and not booleans."""
+    parts = _parts(annotation)
+    return not any(part is bool or isinstance(part, bool) for part in parts) and any(
+        part in (int, float) or isinstance(part, int) for part in parts
+    )
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The types, and the values of literals, that an annotation is made of."""
+    inner = get_args(annotation)
+    return [part for argument in inner for part in _parts(argument)] if inner else [annotation]
 
 
 def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """Only what YAML and JSON can hold, so that a run's configuration can be written down and read back."""
     for path, item in _leaves(value):
         if isinstance(item, float) and not math.isfinite(item):
-            raise PydanticCustomError("not_finite", "holds a number that is not finite: {path}", {"path": path})
+            raise PydanticCustomError(
+                "not_finite", "holds a number that is not finite: {path}", {"path": path}
+            )
         if isinstance(item, int) and abs(item) > LARGEST:
             raise PydanticCustomError("too_large", "holds a number beyond 2^63: {path}", {"path": path})
         if not isinstance(item, str | int | float | None):
@@ -103,4 +104,6 @@ class OptimizerConfig(ComponentConfig):
     """The section of an optimizer."""
 
     lr: float = Field(gt=0, description="Learning rate after warm-up: the peak of the schedule.")
-    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and embeddings; vectors never decay.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decay of matrices and embeddings; vectors never decay."
+    )

@@ -21,49 +21,53 @@ class OfKind:
     """Marks a field as the section of a component: `Annotated[OptimizerConfig, OfKind("optimizer")]`."""
 
     kind: str
+    default: str = ""  # the `type` of a section that names none
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def validate(value: Any, info: core_schema.ValidationInfo) -> ComponentConfig:
             registry = (info.context or {}).get("registry") or Plugins.discover()
-            return validate_section(registry, self.kind, source, value)
+            return self.validate(registry, source, value)
 
         return core_schema.with_info_plain_validator_function(
             validate, serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True)
         )
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
         return {SCHEMA_MARK: self.kind}
+
+    def validate(self, registry: Plugins, base: type[ComponentConfig], value: Any) -> ComponentConfig:
+        """The validated section, an instance of the plugin's own model.
+
+        Raises:
+            ValidationError: with locations relative to the section; pydantic puts the field's own in front.
+        """
+        if isinstance(value, str):
+            value = {"type": value}
+        if isinstance(value, ComponentConfig):
+            if isinstance(value, registry_model(registry, self.kind, base, value.type)):
+                return value
+            value = value.model_dump()
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("section", "must be a section with `type:`, or the name of a plugin")
+        if "type" not in value and not self.default:
+            raise _at_type("missing", "missing", value)
+        if not isinstance(name := value.get("type", self.default), str):
+            raise _at_type("string_type", "must be text", name)
+        model = registry_model(registry, self.kind, base, name)
+        section = model.model_validate({**value, "type": _own_name(model, name)})
+        return section.model_copy(update={"type": name}) if ":" in name else section
 
 
 def _dump(section: ComponentConfig, info: core_schema.SerializationInfo) -> dict[str, Any]:
-    # No warnings: `type: distribution:name` is kept as written, where the plugin's model says Literal["name"].
+    # No warnings: `type: distribution:name` is kept as written, where the plugin's model has the name alone.
     return section.model_dump(mode=info.mode, warnings=False)
 
 
-def validate_section(registry: Plugins, kind: str, base: type[ComponentConfig], value: Any) -> ComponentConfig:
-    """The validated section, an instance of the plugin's own model.
-
-    Raises:
-        ValidationError: with locations relative to the section; pydantic puts the field's own in front.
-    """
-    if isinstance(value, str):
-        value = {"type": value}
-    if isinstance(value, ComponentConfig):
-        if isinstance(value, registry_model(registry, kind, base, value.type)):
-            return value
-        value = value.model_dump()
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError("section", "must be a section with `type:`, or the name of a plugin")
-    if "type" not in value:
-        raise _at_type("missing", "missing", value)
-    if not isinstance(name := value["type"], str):
-        raise _at_type("string_type", "must be text", name)
-    model = registry_model(registry, kind, base, name)
-    section = model.model_validate({**value, "type": _own_name(model, name)})
-    return section.model_copy(update={"type": name}) if ":" in name else section
-
-
-def registry_model(registry: Plugins, kind: str, base: type[ComponentConfig], name: str) -> type[ComponentConfig]:
+def registry_model(
+    registry: Plugins, kind: str, base: type[ComponentConfig], name: str
+) -> type[ComponentConfig]:
     """The plugin's model; whatever is wrong with the plugin is an error at `type`."""
     try:
         model = registry.config_model(kind, name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from collie_core.config.base import ComponentConfig, ConfigModel, NonNegativeInt, PositiveInt
+from collie_core.config.base import ComponentConfig, ConfigModel
 from collie_core.config.component import OfKind
 
 
@@ -27,4 +27,6 @@ class EvaluationConfig(ConfigModel):
     evaluators: list[Annotated[ComponentConfig, OfKind("metric")]] = Field(
         [PerplexityConfig()], description="What is measured: metrics of the token losses."
     )
-    print_samples: NonNegativeInt = Field(0, le=100, description="Held-out prompts to answer at each evaluation.")
+    print_samples: NonNegativeInt = Field(
+        0, le=100, description="Held-out prompts to answer at each evaluation."
+    )

@@ -1,8 +1,8 @@
 """YAML to plain data with the line of every key, dotted overrides, and back to YAML.
 
-The scalars are those of YAML 1.2 (the core schema): `1e-5` is a number, `no` and `12:30` are text, a date is text.
-A file can neither make the reader run code nor make it work for long: no tags but the core ones, and limits on size,
-nesting and on what aliases expand to.
+The scalars are those of YAML 1.2 (the core schema): `1e-5` is a number; `no`, `12:30` and dates are text.
+A file can neither make the reader run code nor make it work for long: no tags but the core ones, and limits
+on size, on nesting and on what aliases expand to.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from yaml.scanner import Scanner
 from collie_core.config import aliases
 from collie_core.config.document import Document
 from collie_core.config.problems import Guide
-from collie_core.errors import ConfigError, Problem
+from collie_core.errors import MISSING, ConfigError, Problem
 
 MAX_BYTES = 1 << 20
-MAX_NODES = 20_000  # after aliases are expanded
+MAX_NODES = 10_000  # after aliases are expanded
 MAX_DEPTH = 50
 COMMAND_LINE = "command line"
 
 _TAG = "tag:yaml.org,2002:"
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_FLOAT = re.compile(
+    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
+_WORDLESS = re.compile(r"\.(inf|nan)")  # float() wants them without the dot
 _CORE_SCHEMA = {
     "null": (r"~|null|Null|NULL|", [*"~nN", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
@@ -62,7 +65,9 @@ def read_file(path: str | PathLike[str]) -> Document:
         return read_text(raw.decode("utf-8-sig"), name)
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise _fatal(name, f"is not UTF-8: byte 0x{raw[error.start]:02x}", line, "Save it as UTF-8.") from error
+        raise _fatal(
+            name, f"is not UTF-8: byte 0x{raw[error.start]:02x}", line, "Save it as UTF-8."
+        ) from error
 
 
 def read_text(text: str, name: str) -> Document:
@@ -78,7 +83,7 @@ def read_text(text: str, name: str) -> Document:
 
 
 def apply_overrides(document: Document, overrides: Iterable[str], guide: Guide) -> None:
-    """Set each `dotted.key=value` in the document. The value is YAML; items of lists are given by their index."""
+    """Set each `dotted.key=value` in the document. Values are YAML; items of lists have their index."""
     for text in overrides:
         key, separator, written = text.partition("=")
         key = key.strip()
@@ -98,12 +103,16 @@ def apply_overrides(document: Document, overrides: Iterable[str], guide: Guide) 
 
 def dump(data: dict[str, Any]) -> str:
     """YAML that both YAML 1.1 and YAML 1.2 readers understand alike."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=100)
+    return yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=100
+    )
 
 
 def dump_value(value: Any) -> str:
     """A value of a key on one line."""
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6)
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6
+    )
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -112,6 +121,8 @@ def _override(document: Document, key: str, value: Any, guide: Guide) -> None:
     if alias is not None:
         document.notes.append(f"{COMMAND_LINE}: {key} is called {alias.target} here")
         key, value = alias.target, aliases.translated(alias, value)
+    if value is MISSING:
+        return
     if "." not in key and value is None:
         document.data.pop(key, None)
         return
@@ -125,8 +136,8 @@ def _override(document: Document, key: str, value: Any, guide: Guide) -> None:
 
 def _set(data: dict[str, Any], path: list[str], value: Any) -> str:
     """Set the value at `path`, making the sections on the way; says why not, "" when done."""
-    if len(path) == 2:
-        return "" if aliases.put(data, ".".join(path), value) else f"{path[0]} is not a section, so it has no keys"
+    if len(path) > 1 and isinstance(word := data.get(path[0]), str) and path[0] in aliases.SHORT:
+        data[path[0]] = {aliases.SHORT[path[0]]: word}
     holder: Any = data
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
@@ -156,7 +167,7 @@ def _read_value(text: str) -> Any:
 
 
 def _fatal(name: str, rule: str, line: int | None = None, hint: str = "") -> ConfigError:
-    return ConfigError([Problem("", rule, hint=hint, origin=f"{name}:{line}" if line else name)])
+    return ConfigError([Problem("", rule, MISSING, hint, origin=f"{name}:{line}" if line else name)])
 
 
 class _Constructor:
@@ -175,8 +186,10 @@ class _Constructor:
             raise _fatal(self.name, f"is not valid YAML: {said}", mark.line + 1 if mark else None) from error
         except ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            raise _fatal(self.name, f"holds a character that YAML forbids: {error.character!r}", line) from error
-        except ValueError as error:  # an escape such as "\UFFFFFFFF" names no character
+            raise _fatal(
+                self.name, f"holds a character that YAML forbids: {error.character!r}", line
+            ) from error
+        except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF" names no character
             raise _fatal(self.name, f"is not valid YAML: {error}") from error
         if node is not None:
             self._refuse_bomb(node)
@@ -190,14 +203,18 @@ class _Constructor:
             return dict(self._items(node, key))
         if isinstance(node, SequenceNode):
             self._check_tag(node, key, "seq")
-            return [self.construct(item, f"{key}.{index}".lstrip(".")) for index, item in enumerate(node.value)]
+            return [
+                self.construct(item, f"{key}.{index}".lstrip(".")) for index, item in enumerate(node.value)
+            ]
         assert isinstance(node, ScalarNode)
         return self._scalar(node, key)
 
     def _items(self, node: MappingNode, key: str) -> Iterator[tuple[str, Any]]:
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
-            name = key_node.value  # `on: 1` and `1: 1` have the keys "on" and "1", whatever else they look like
+            name = (
+                key_node.value
+            )  # `on: 1` and `1: 1` have the keys "on" and "1", whatever else they look like
             if not isinstance(key_node, ScalarNode) or not _is_text(name):
                 self._problem(key_node, key, "has a key that is not plain text")
                 continue
@@ -225,7 +242,7 @@ class _Constructor:
                 return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
             self._problem(node, key, "is a number beyond 2^63", value=text)
         elif kind in ("int", "float") and _FLOAT.fullmatch(text):
-            return float(text.replace(".inf", "inf").replace(".nan", "nan").lower().lstrip("."))
+            return float(_WORDLESS.sub(r"\1", text.lower()))
         elif kind == "str":
             self._problem(node, key, "holds half of a surrogate pair, which is no character", value=text)
         else:
@@ -234,9 +251,11 @@ class _Constructor:
 
     def _check_tag(self, node: Node, key: str, expected: str) -> None:
         if node.tag != _TAG + expected:
-            self._problem(node, key, f"has the tag {node.tag}, and tags are not supported", "Leave the tag out.")
+            self._problem(
+                node, key, f"has the tag {node.tag}, and tags are not supported", "Leave the tag out."
+            )
 
-    def _problem(self, node: Node, key: str, rule: str, hint: str = "", value: object = None) -> None:
+    def _problem(self, node: Node, key: str, rule: str, hint: str = "", value: object = MISSING) -> None:
         self.document.problems.append(Problem(key, rule, value, hint, self._origin(node)))
 
     def _origin(self, node: Node) -> str:
@@ -271,7 +290,7 @@ def _children(node: Node) -> Iterator[Node]:
 
 
 def _is_text(text: object) -> bool:
-    """Whether it is a string that can be written as UTF-8: YAML's escapes can make half of a surrogate pair."""
+    """Whether UTF-8 can hold it: the escapes of YAML can make half of a surrogate pair."""
     return isinstance(text, str) and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -284,7 +303,7 @@ for _name, (_pattern, _first) in _CORE_SCHEMA.items():
 
 
 class _Loader(Reader, Scanner, Parser, Composer, _CoreResolver):
-    """PyYAML's reader up to the tree of nodes; it has no constructor, so nothing in a file can be executed."""
+    """PyYAML's reader up to the tree of nodes; without a constructor, nothing in a file can be executed."""
 
     def __init__(self, text: str) -> None:
         Reader.__init__(self, text)
@@ -292,13 +311,14 @@ class _Loader(Reader, Scanner, Parser, Composer, _CoreResolver):
         Parser.__init__(self)
         Composer.__init__(self)
         _CoreResolver.__init__(self)
-        self.depth = 0
+        self.depth = self.nodes = 0
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        for limit, number, what in ((MAX_DEPTH, self.depth, "levels"), (MAX_NODES, self.nodes, "values")):
+            if number > limit:
+                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+                raise yaml.MarkedYAMLError(problem=f"it has more than {limit} {what}", problem_mark=mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -311,5 +331,12 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> ScalarNode:
+    # PyYAML writes these three as they are outside of double quotes, where they read back as line breaks.
+    style = '"' if any(character in text for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _name, (_pattern, _first) in _CORE_SCHEMA.items():
     _Dumper.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), _first)

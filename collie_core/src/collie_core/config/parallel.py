@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
-from collie_core.config.base import ConfigModel, PositiveInt
+from collie_core.config.base import ConfigModel
 
 
 class ParallelConfig(ConfigModel):
     """How the processes share the work."""
 
     engine: Literal["auto", "torch", "deepspeed"] = Field(
-        "auto", description="What drives a step. auto: deepspeed where zero_stage or `deepspeed:` asks for it."
+        "auto",
+        description="What drives a step. auto: deepspeed where zero_stage or `deepspeed:` asks for it.",
     )
     tensor_parallel_size: PositiveInt = Field(1, description="Processes that share each layer.")
     pipeline_parallel_size: PositiveInt = Field(1, description="Stages that the layers are dealt out to.")
     data_parallel_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="Copies of the model, each with its own samples. auto: as many as there are processes."
+        "auto",
+        description="Copies of the model, each with its own samples. auto: as many as there are processes.",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        0, description="What data-parallel ranks share: 1 optimizer states, 2 and gradients, 3 and parameters."
+        0,
+        description="What data-parallel ranks share: 1 optimizer states, 2 and gradients, 3 and parameters.",
     )
-    timeout_s: float = Field(1800.0, gt=0, le=1e9, description="Seconds until a lost process stops the others.")
+    timeout_s: float = Field(
+        1800.0, gt=0, le=1e9, description="Seconds until a lost process stops the others."
+    )

@@ -26,7 +26,9 @@ class Preset:
     sections: Mapping[str, Any]
 
 
-_PAIRS = 'put samples into data/train.jsonl and data/eval.jsonl, one per line: {"input": "...", "output": "..."}'
+_PAIRS = (
+    'put samples into data/train.jsonl and data/eval.jsonl, one per line: {"input": "...", "output": "..."}'
+)
 _TEXTS = 'put documents into data/train.jsonl and data/eval.jsonl, one per line: {"text": "..."}'
 _FILES = {"train": "data/train.jsonl", "eval": "data/eval.jsonl"}
 _PRETRAINED = {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "dtype": "auto"}

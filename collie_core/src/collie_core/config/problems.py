@@ -73,18 +73,18 @@ class Guide:
         """The model of the section at `path` of `data`, that of its plugin for a component."""
         section: type[BaseModel] | OfKind | None = self.root
         for part in path:
+            if isinstance(part, str):
+                model = self._model(section, data)
+                field = model.model_fields.get(part) if model else None
+                section = section_of(field.annotation, field.metadata) if field else None
             data = _child(data, part)
-            if isinstance(part, int):
-                continue
-            model = self._model(section, None)
-            field = model.model_fields.get(part) if model else None
-            section = section_of(field.annotation, field.metadata) if field else None
         return self._model(section, data)
 
     def _model(self, section: type[BaseModel] | OfKind | None, data: object) -> type[BaseModel] | None:
         if not isinstance(section, OfKind):
             return section
-        name = _child(data, "type") if isinstance(data, Mapping) else getattr(data, "type", data)
+        name = data.get("type", section.default) if isinstance(data, Mapping) else getattr(data, "type", data)
+        name = section.default if name is MISSING else name
         if not isinstance(name, str):
             return None
         try:
@@ -103,20 +103,22 @@ def translate(error: ValidationError, data: Mapping[str, Any], guide: Guide) -> 
     for details in error.errors(include_url=False):
         path, value = _written(details, data)
         key = ".".join(map(str, path))
-        hint = _unknown_key(path, data, guide) if details["type"] == "extra_forbidden" else _hint(details, value)
+        hint = (
+            _unknown_key(path, data, guide) if details["type"] == "extra_forbidden" else _hint(details, value)
+        )
         found.setdefault(key, []).append(Problem(key, _rule(details), value, hint))
     return [_joined(problems) for problems in found.values()]
 
 
 def _written(details: ErrorDetails, data: object) -> tuple[list[str | int], object]:
-    """The part of pydantic's location that the person wrote (it adds the members of unions), and its value."""
+    """The part of pydantic's location that the person wrote (it adds members of unions), and its value."""
     path: list[str | int] = []
     for part in details["loc"]:
         child = _child(data, part)
         if child is MISSING:
             break
         path, data = [*path, part], child
-    if details["type"] == "missing":
+    if details["type"] == "missing" and isinstance(details["loc"][-1], str):
         return [*path, details["loc"][-1]], MISSING
     return path, data
 
@@ -131,6 +133,8 @@ def _child(data: object, part: str | int) -> object:
 
 def _rule(details: ErrorDetails) -> str:
     kind, context = details["type"], details.get("ctx", {})
+    if kind == "missing" and isinstance(details["loc"][-1], int):
+        return "has too few items"
     if kind in ("literal_error", "enum"):
         return "must be " + str(context["expected"])
     if kind in ("value_error", "assertion_error") and "error" in context:
@@ -138,8 +142,13 @@ def _rule(details: ErrorDetails) -> str:
     if kind == "plugin":  # the first line says what is wrong, the others what to do
         return _sentence(details["msg"].partition("\n")[0])
     if kind in _RULES:
-        return _RULES[kind].format(**context)
-    return _sentence(details["msg"].replace("Input should", "must").replace("must be a valid", "must be a"))
+        return _RULES[kind].format(**{name: _number(item) for name, item in context.items()})
+    plain = details["msg"].replace("Input should", "must").replace("must be a valid", "must be a")
+    return _sentence(plain.replace("Input ", "the value "))
+
+
+def _number(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _sentence(text: str) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from collie_core.config.batch import batch_sizes, impossible_batch
 from collie_core.errors import MISSING, ConfigError, Problem
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
+
+
+Part = Literal["", "model", "tokenizer", "train_data", "eval_data"]
+PARTS: frozenset[Part] = frozenset(("model", "tokenizer", "train_data", "eval_data"))
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,20 @@ class Rule:
     why: str
     fix: str
     broken: Callable[[RunConfig], bool]
+    part: Part = ""  # what a program may hand in instead, which makes the rule void
 
 
 _NOT_BUILT = "this version trains data-parallel only"
 
 RULES = (
+    Rule(
+        "model.model_name_or_path",
+        "neither `model.model_name_or_path` nor `model.config`",
+        "is required, unless model.config describes a model to train from random weights",
+        "Set it to a folder or a hub id.",
+        lambda config: config.model.model_name_or_path is None and config.model.config is None,
+        part="model",
+    ),
     Rule(
         "parallel.tensor_parallel_size",
         "`parallel.tensor_parallel_size` above 1",
@@ -67,7 +80,9 @@ RULES = (
         "`model.config` without `model_type`",
         "is required: it names the family, for example llama",
         "",
-        lambda config: config.model.config is not None and not isinstance(config.model.config.get("model_type"), str),
+        lambda config: (
+            config.model.config is not None and not isinstance(config.model.config.get("model_type"), str)
+        ),
     ),
     Rule(
         "tokenizer.name_or_path",
@@ -87,6 +102,31 @@ RULES = (
             and config.tokenizer.type == "pretrained"
             and config.tokenizer.name_or_path is None
         ),
+        part="tokenizer",
+    ),
+    Rule(
+        "data.train",
+        "training without `data.train`",
+        "is required",
+        "Set it to a file or a hub id.",
+        lambda config: not config.data.train,
+        part="train_data",
+    ),
+    Rule(
+        "evaluation.steps",
+        "`evaluation.steps` without `data.eval`",
+        "there is nothing to evaluate on",
+        "Set data.eval to a file or a split, or remove evaluation.steps.",
+        lambda config: config.evaluation.steps is not None and not config.data.eval,
+        part="eval_data",
+    ),
+    Rule(
+        "evaluation.on_start",
+        "`evaluation.on_start` without `data.eval`",
+        "there is nothing to evaluate on",
+        "Set data.eval to a file or a split, or remove evaluation.on_start.",
+        lambda config: config.evaluation.on_start and not config.data.eval,
+        part="eval_data",
     ),
     Rule(
         "train.max_steps",
@@ -115,9 +155,12 @@ RULES = (
 )
 
 
-def check(config: RunConfig) -> list[Problem]:
-    """Every rule that the configuration breaks, and a global batch that cannot come out whole."""
-    found = [Problem(rule.key, rule.why, value(config, rule.key), rule.fix) for rule in RULES if rule.broken(config)]
+def check(config: RunConfig, given: Collection[Part] = PARTS) -> list[Problem]:
+    """Every rule that the configuration breaks, and a global batch that cannot come out whole.
+
+    `given` is what a program may hand in beside the configuration.
+    """
+    found = [_problem(config, rule) for rule in RULES if rule.part not in given and rule.broken(config)]
     size = config.parallel.data_parallel_size
     batch = impossible_batch(config.train) if size == "auto" else batch_sizes(config.train, size)
     return [*found, batch] if isinstance(batch, Problem) else found
@@ -129,34 +172,26 @@ def require_parts(config: RunConfig, *, model: bool, train_data: bool) -> None:
     Args:
         model: whether the program hands in a model.
         train_data: whether it hands in training samples.
+
+    Raises:
+        ConfigError: one of them is missing.
     """
-    found = missing_parts(config.model_dump(include={"model", "data"}), model=model, train_data=train_data)
-    if found:
-        raise ConfigError(found)
+    needed = {"model": model, "train_data": train_data}
+    missing = [rule for rule in RULES if needed.get(rule.part) is False and rule.broken(config)]
+    if missing:
+        raise ConfigError([_problem(config, rule) for rule in missing])
 
 
-def missing_parts(data: Mapping[str, Any], *, model: bool = False, train_data: bool = False) -> list[Problem]:
-    """The same for sections as they were written, valid or not."""
-    found = []
-    if not model and _lacks(data, "model", "model_name_or_path", "config"):
-        hint = "Set it to a folder or a hub id, or set model.config to train from random weights."
-        found.append(Problem("model.model_name_or_path", "is required", MISSING, hint))
-    if not train_data and _lacks(data, "data", "train"):
-        found.append(Problem("data.train", "is required", MISSING, "Set it to a file or a hub id."))
-    return found
-
-
-def _lacks(data: Mapping[str, Any], section: str, *names: str) -> bool:
-    written = data.get(section, {})
-    return isinstance(written, Mapping) and not any(written.get(name) not in (None, [], "") for name in names)
+def _problem(config: RunConfig, rule: Rule) -> Problem:
+    return Problem(rule.key, rule.why, value(config, rule.key), rule.fix)
 
 
 def value(config: RunConfig, key: str) -> object:
-    """What is written at a dotted key of the core's sections."""
+    """What stands at a dotted key of the core's sections; MISSING when it is nothing."""
     found: Any = config
     for name in key.split("."):
         found = found.get(name, MISSING) if isinstance(found, Mapping) else getattr(found, name)
-    return found
+    return MISSING if found is None or found == [] else found
 
 
 def compatibility_page() -> str:
@@ -168,8 +203,8 @@ def compatibility_page() -> str:
 _PAGE = """\
 # Compatibility
 
-Combinations that CoLLiE refuses before a run starts, with the reason. Every other combination works and is tested.
-This page is written from the table in `collie_core/config/rules.py`.
+Combinations that CoLLiE refuses before a run starts, with the reason. Every other combination works and is
+tested. This page is written from the table in `collie_core/config/rules.py`.
 
 | combination | reason | what to do |
 |---|---|---|"""

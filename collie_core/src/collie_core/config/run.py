@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from os import PathLike
 from typing import Annotated, Any, Literal
@@ -24,6 +24,8 @@ from collie_core.config.tokenizer import TokenizerConfig
 from collie_core.config.train import TrainConfig
 from collie_core.errors import ConfigError, PluginError, Problem
 from collie_core.plugins import Plugins
+
+DEFAULT_OPTIMIZER = "adamw"
 
 logger = logging.getLogger("collie")
 
@@ -58,24 +60,32 @@ class RunConfig(ConfigModel):
     data: DataConfig = Field(DataConfig(), description="The samples and how they become tokens.")
     parallel: ParallelConfig = Field(ParallelConfig(), description="How the processes share the work.")
     train: TrainConfig = Field(TrainConfig(), description="How long, how much at a time, and where to.")
-    optimizer: Annotated[OptimizerConfig, OfKind("optimizer")] = Field(
-        {"type": "adamw"}, validate_default=True, description="The optimizer: `type`, and its own fields."
+    optimizer: Annotated[OptimizerConfig, OfKind("optimizer", default=DEFAULT_OPTIMIZER)] = Field(
+        {"type": DEFAULT_OPTIMIZER},
+        validate_default=True,
+        description="The optimizer: `type`, and its own fields.",
     )
     lr_scheduler: Annotated[
         LRSchedulerConfig,
-        BeforeValidator(_typed, json_schema_input_type=Literal["constant", "linear", "cosine"] | LRSchedulerConfig),
+        BeforeValidator(
+            _typed, json_schema_input_type=Literal["constant", "linear", "cosine"] | LRSchedulerConfig
+        ),
     ] = Field(LRSchedulerConfig(), description="The learning rate over the run.")
     adapter: Annotated[ComponentConfig, OfKind("adapter")] | None = Field(
         None, description="Train a few added parameters instead of all: `type`, and the adapter's own fields."
     )
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="When and how the model is measured.")
+    evaluation: EvaluationConfig = Field(
+        EvaluationConfig(), description="When and how the model is measured."
+    )
     report_to: Annotated[
         list[Literal["tensorboard"]],
         BeforeValidator(
             _trackers, json_schema_input_type=Literal["tensorboard", "none"] | list[Literal["tensorboard"]]
         ),
     ] = Field([], description="Trackers, besides metrics.jsonl and report.html.")
-    deepspeed: PlainMapping = Field({}, description="Keys laid over the DeepSpeed configuration that CoLLiE makes.")
+    deepspeed: PlainMapping = Field(
+        {}, description="Keys laid over the DeepSpeed configuration that CoLLiE makes."
+    )
     plugins: PluginsConfig = Field(PluginsConfig(), description="Installed plugins.")
 
     def __init__(self, **sections: Any) -> None:
@@ -131,20 +141,40 @@ class RunConfig(ConfigModel):
             from collie_core.config.loading import apply_overrides
 
             apply_overrides(document, overrides, guide)
-        found = document.problems
-        if complete:
-            found += rules.missing_parts(document.data)
+        found, given = document.problems, () if complete else rules.PARTS
         try:
-            type(self).__pydantic_validator__.validate_python(
-                document.data, self_instance=self, context={"registry": registry}
-            )
+            self._validate(document.data, registry)
         except ValidationError as error:
-            found += problems.translate(error, document.data, guide)
+            refused = problems.translate(error, document.data, guide)
+            found += [*refused, *self._broken_rules(document.data, registry, given, refused)]
         else:
-            self.__dict__["registry"] = registry
-            found += rules.check(self)
+            found += rules.check(self, given)
         if found:
             raise ConfigError(document.located(found))
+
+    def _validate(self, data: Mapping[str, Any], registry: Plugins) -> None:
+        type(self).__pydantic_validator__.validate_python(
+            data, self_instance=self, context={"registry": registry}
+        )
+        self.__dict__["registry"] = registry
+
+    def _broken_rules(
+        self,
+        data: Mapping[str, Any],
+        registry: Plugins,
+        given: Collection[rules.Part],
+        refused: list[Problem],
+    ) -> list[Problem]:
+        """What the sound sections break: told now, and not only when the others are repaired."""
+        mistaken = {problem.key.partition(".")[0] for problem in refused}
+        rest = type(self).__new__(type(self))
+        try:
+            rest._validate({key: value for key, value in data.items() if key not in mistaken}, registry)
+        except ValidationError:  # the default of a section is refused as well, and that is told already
+            return []
+        return [
+            problem for problem in rules.check(rest, given) if problem.key.partition(".")[0] not in mistaken
+        ]
 
     @cached_property
     def registry(self) -> Plugins:
@@ -157,7 +187,7 @@ class RunConfig(ConfigModel):
 
         return dump(self.model_dump(mode="json"))
 
-    # -- derived values ----------------------------------------------------------------------------------------
+    # -- derived values -----------------------------------------------------------------------------------
 
     def batch_sizes(self, data_parallel_size: int) -> BatchSizes:
         """How the samples of one optimizer step are dealt out, once the number of ranks is known.

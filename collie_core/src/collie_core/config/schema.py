@@ -1,4 +1,4 @@
-"""One JSON Schema of the whole file, with the section of every installed plugin: an editor completes with it."""
+"""One JSON Schema of the whole file, with the section of every installed plugin, for editors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic.errors import PydanticUserError
 from pydantic.json_schema import models_json_schema
 
 from collie_core.config.component import SCHEMA_MARK
-from collie_core.config.run import RunConfig
+from collie_core.config.run import DEFAULT_OPTIMIZER, RunConfig
 from collie_core.errors import PluginError
-from collie_core.plugins import Entry, Plugins
+from collie_core.plugins import CORE, Entry, Plugins
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _KINDS = ("optimizer", "adapter", "metric")  # those that have a section in the file
@@ -31,7 +31,12 @@ def json_schema(registry: Plugins) -> dict[str, Any]:
         shared[kind] = _choice(registry, kind, [entry for entry in models if entry.kind == kind])
     schema = _replace_marks({**_resolved(root, shared), "$defs": shared})
     assert isinstance(schema, dict)
-    return {"$schema": DIALECT, **_reachable(schema), "title": "CoLLiE run"}
+    return {
+        "$schema": DIALECT,
+        **_reachable(schema),
+        "title": "CoLLiE run",
+        "description": "A run of CoLLiE.",
+    }
 
 
 def _models(registry: Plugins) -> Iterator[tuple[Entry, type[BaseModel]]]:
@@ -41,17 +46,22 @@ def _models(registry: Plugins) -> Iterator[tuple[Entry, type[BaseModel]]]:
         try:
             model = registry.config_model(entry.kind, entry.qualified)
             model.model_json_schema()  # a field of a type that JSON cannot express
-        except (PluginError, PydanticUserError):  # shown by `collie plugins --check`; nobody asked for it here
+        except (
+            PluginError,
+            PydanticUserError,
+        ):  # shown by `collie plugins --check`; nobody asked for it here
             continue
         yield entry, model
 
 
 def _section(registry: Plugins, entry: Entry, schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A plugin's section: `type` tells the sections of a kind apart, so it is always required."""
+    """A plugin's section: `type` tells those of a kind apart, so only the default one may lack it."""
     properties = dict(schema.get("properties", {}))
     summary = registry.component(entry.kind, entry.qualified).summary or entry.summary
     properties["type"] = {"enum": _names(registry, entry), "description": summary}
-    required = ["type", *(name for name in schema.get("required", []) if name != "type")]
+    required = [name for name in schema.get("required", []) if name != "type"]
+    if (entry.kind, entry.qualified) != ("optimizer", f"{CORE}:{DEFAULT_OPTIMIZER}"):
+        required.insert(0, "type")
     return {**schema, "title": entry.name, "properties": properties, "required": required}
 
 

@@ -13,6 +13,9 @@ class TokenizerConfig(ConfigModel):
     """The tokenizer."""
 
     type: Literal["pretrained", "byte"] = Field(
-        "pretrained", description="pretrained: from a folder or hub id. byte: one token per byte, needs no file."
+        "pretrained",
+        description="pretrained: from a folder or hub id. byte: one token per byte, needs no file.",
     )
-    name_or_path: str | None = Field(None, min_length=1, description="A folder or hub id; default: the model's.")
+    name_or_path: str | None = Field(
+        None, min_length=1, description="A folder or hub id; default: the model's."
+    )

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind. Every part is an observer: an object with event hooks, on rank 0 only."""
+"""What a run shows and leaves behind: each part an observer, an object with event hooks, on rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collie_core.report.rundir import prepare_run_directory, refuse_used_directo
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
-    from collie_core.loop import Trainer
+    from collie_core.parts import Parts
     from collie_core.topology import Topology
 
-__all__ = ["observers", "prepare_run_directory", "refuse_used_directory", "run_facts"]
+__all__ = ["prepare_run_directory", "refuse_used_directory", "run_facts", "standard_observers"]
 
 
-def observers(config: RunConfig, topology: Topology) -> list[object]:
+def standard_observers(config: RunConfig, topology: Topology) -> list[object]:
     """The standard observers of a run; none on ranks that do not write files.
 
     pluggy calls the last one first, so that the console speaks when the files are written.
@@ -36,8 +36,8 @@ def observers(config: RunConfig, topology: Topology) -> list[object]:
     return standard
 
 
-def run_facts(trainer: Trainer) -> dict[str, Any]:
-    """See `collie_core.report.facts.run_facts`, which needs the whole model side and is imported when called."""
+def run_facts(parts: Parts) -> dict[str, Any]:
+    """See `collie_core.report.facts.run_facts`; imported when called, as it needs the data and model side."""
     from collie_core.report.facts import run_facts as facts
 
-    return facts(trainer)
+    return facts(parts)

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +42,6 @@ class Series:
     steps: NDArray[np.float64]
     values: NDArray[np.float64]
     color: str = FIRST
-    markers: bool = False
     noisy: bool = False  # a moving mean is drawn over it
 
 
@@ -53,25 +53,27 @@ class Chart:
     title: str
     series: Sequence[Series]
     tick: Callable[[float], str]
+    from_zero: bool = False
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
     """The charts that the rows of metrics.jsonl have numbers for."""
-    loss = [
-        series(rows, "loss", "train", noisy=True),
-        series(rows, "eval/loss", "eval", SECOND, markers=True),
-    ]
-    speed, norm = series(rows, "tokens_per_second", noisy=True), series(rows, "grad_norm", noisy=True)
+    train, held_out = series(rows, "loss", "train", noisy=True), series(rows, "eval/loss", "eval", SECOND)
+    speed, memory = (
+        series(rows, "tokens_per_second", noisy=True),
+        series(rows, "peak_memory_bytes", unit=2**30),
+    )
+    norm = series(rows, "grad_norm", noisy=True)
     candidates = [
-        Chart("loss", "Loss (nats per target token)", loss, _short),
+        Chart("loss", "Loss (nats per target token)", [train, held_out], _short),
         Chart("lr", "Learning rate", [series(rows, "learning_rate")], _short_lr),
-        Chart("speed", "Tokens per second", [speed], text.rate),
-        Chart("memory", "Peak memory", [series(rows, "peak_memory_bytes")], text.memory),
-        Chart("norm", "Gradient norm before clipping", [norm], _short),
+        Chart("speed", "Tokens per second", [speed], _short_count, from_zero=True),
+        Chart("memory", "Peak memory (GiB)", [memory], _short, from_zero=True),
+        Chart("norm", "Gradient norm before clipping", [norm], _short, from_zero=True),
     ]
     others = sorted({name for row in rows for name in row if name.startswith("eval/")} - {"eval/loss"})
     for number, name in enumerate(others):
-        curve = series(rows, name, color=SECOND, markers=True)
+        curve = series(rows, name, color=SECOND)
         candidates.append(Chart(f"eval{number}", name.removeprefix("eval/").capitalize(), [curve], _short))
     return [chart for chart in candidates if any(np.isfinite(one.values).any() for one in chart.series)]
 
@@ -82,19 +84,19 @@ def series(
     label: str = "",
     color: str = FIRST,
     *,
-    markers: bool = False,
     noisy: bool = False,
+    unit: float = 1,
 ) -> Series:
-    """The curve of one number, thinned out; rows without it are left out, nulls leave gaps."""
+    """The curve of one number in `unit`s, thinned out; rows without it are left out, nulls leave gaps."""
     points = [(row["step"], row[name]) for row in rows if name in row and "step" in row]
     steps = np.array([step for step, _ in points], dtype=np.float64)
-    values = np.array([_number(value) for _, value in points], dtype=np.float64)
+    values = np.array([_number(value) for _, value in points], dtype=np.float64) / unit
     kept = thinned(values)
-    return Series(label, steps[kept], values[kept], color, markers, noisy)
+    return Series(label, steps[kept], values[kept], color, noisy)
 
 
 def thinned(values: NDArray[np.float64], buckets: int = BUCKETS) -> NDArray[np.intp]:
-    """Indices of at most 2 x `buckets` points: the least and the greatest of each bucket, so that spikes stay."""
+    """Indices of at most 2 x `buckets` points: least and greatest of each bucket, so that spikes stay."""
     if len(values) <= 2 * buckets:
         return np.arange(len(values))
     kept: set[int] = set()
@@ -113,7 +115,7 @@ def to_svg(chart: Chart) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # Text stays text, so that the page's font and colour apply; a fixed salt makes equal runs give equal files.
+    # Text stays text, so that the page's font and colour apply; a fixed salt gives equal runs equal files.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "collie"}):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)
@@ -125,14 +127,18 @@ def to_svg(chart: Chart) -> str:
 
 
 def _draw(axes: Axes, chart: Chart) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for one in chart.series:
         _draw_series(axes, one)
     axes.yaxis.set_major_formatter(lambda value, _: chart.tick(value))
-    axes.xaxis.set_major_formatter(lambda value, _: text.count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: _short_count(value))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     last = max(one.steps[-1] for one in chart.series if len(one.steps))
     axes.set_xlim(-0.02 * last, max(1, 1.02 * last))
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
-    axes.yaxis.get_major_locator().set_params(nbins=5)
+    if chart.from_zero:
+        axes.set_ylim(0, 1.08 * max(np.nanmax(one.values) for one in chart.series) or 1)
     axes.set_xlabel("step", color=MUTED, fontsize=FONT)
     axes.tick_params(colors=MUTED, labelsize=FONT, length=0)
     axes.grid(color=GRID, linewidth=0.8)
@@ -146,8 +152,8 @@ def _draw(axes: Axes, chart: Chart) -> None:
 def _draw_series(axes: Axes, one: Series) -> None:
     if len(one.values) == 0:
         return
-    marker = "o" if one.markers or np.isfinite(one.values).sum() == 1 else ""  # a single point has no line
-    style = {"color": one.color, "solid_capstyle": "round", "solid_joinstyle": "round"}
+    marker = "o" if np.isfinite(one.values).sum() < 20 else ""  # a single point has no line
+    style: dict[str, Any] = {"color": one.color, "solid_capstyle": "round", "solid_joinstyle": "round"}
     smooth = smoothed(one.values) if one.noisy else None
     if smooth is None:
         axes.plot(one.steps, one.values, marker=marker, markersize=4, linewidth=1.8, label=one.label, **style)
@@ -157,7 +163,7 @@ def _draw_series(axes: Axes, one: Series) -> None:
 
 
 def smoothed(values: NDArray[np.float64], least: int = 60) -> NDArray[np.float64] | None:
-    """A centred moving mean over a twentieth of the points; None when there are too few or gaps to jump over."""
+    """A centred moving mean over a twentieth of the points; None when there are few of them, or gaps."""
     if len(values) < least or not np.isfinite(values).all():
         return None
     window = np.ones(len(values) // 20 | 1)
@@ -175,7 +181,7 @@ def _inline(svg: str, chart: Chart) -> str:
     view_box = re.search(r'viewBox="[^"]*"', head)
     assert view_box is not None
     body = re.sub(r' ?xlink:href="', ' href="', body)
-    return f'<svg {view_box.group(0)} role="img" aria-label="{chart.title}">{body}'
+    return f'<svg {view_box.group(0)} role="img" aria-label="{escape(chart.title)}">{body}'
 
 
 def _number(value: Any) -> float:
@@ -184,6 +190,10 @@ def _number(value: Any) -> float:
 
 def _short(value: float) -> str:
     return f"{value:.4g}"
+
+
+def _short_count(value: float) -> str:
+    return text.count(value).replace(".0 ", " ")
 
 
 def _short_lr(value: float) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -18,6 +18,9 @@ from collie_core.hookspecs import Run
 from collie_core.plugins import hookimpl
 from collie_core.report import text
 from collie_core.report.rundir import CONFIG, METRICS, REPORT
+
+if TYPE_CHECKING:
+    from collie_core.generate import SampleText
 
 TARGET_STYLE = "bold green"
 TARGET_MARKS = ("«", "»")  # where there is no colour
@@ -36,6 +39,7 @@ class ConsoleReporter:
         self._row: Mapping[str, Any] = {}  # the last logged step
         self._results: Mapping[str, float] = {}  # of the last evaluation
         self._saved: Path | None = None  # the last exported model
+        self._prompt = ""  # a held-out one, for the command to type at the end
 
     @hookimpl
     def collie_run_start(self, run: Run) -> None:
@@ -63,12 +67,16 @@ class ConsoleReporter:
             self._update(run)
 
     @hookimpl
-    def collie_evaluated(self, run: Run, results: Mapping[str, float]) -> None:
-        """Show the results of an evaluation."""
+    def collie_evaluated(self, run: Run, results: Mapping[str, float], samples: Sequence[SampleText]) -> None:
+        """Show the results of an evaluation and what the model answered."""
         self._results = results
         line = Text(f"step {run.step}/{run.max_steps}  eval  ")
         line.append(text.results(results), style="bold")
         self._line(line)
+        for sample in samples:
+            self._show_answer(sample)
+        if samples:
+            self._prompt = samples[0].prompt
 
     @hookimpl
     def collie_checkpoint_saved(self, path: Path) -> None:
@@ -89,7 +97,7 @@ class ConsoleReporter:
                 f"What it recorded lies in {run.output_dir}"
             )
 
-    # -- before the first step ---------------------------------------------------------------------------------
+    # -- before the first step -----------------------------------------------------------------------------
 
     def _show_summary(self, run: Run) -> None:
         rows = list(summary_rows(run))
@@ -122,7 +130,7 @@ class ConsoleReporter:
             for line in sample.plain.splitlines():
                 self._line(f"  {line}")
 
-    # -- while it runs -----------------------------------------------------------------------------------------
+    # -- while it runs -------------------------------------------------------------------------------------
 
     def _make_progress(self) -> Progress:
         return Progress(
@@ -138,6 +146,13 @@ class ConsoleReporter:
             return
         (task,) = self._progress.task_ids
         self._progress.update(task, completed=run.step, numbers=self._numbers(run))
+
+    def _show_answer(self, sample: SampleText) -> None:
+        prompt, target, answer = (text.one_line(part, 200) for part in sample)
+        right = target == answer
+        line = Text("  ").append(f"{prompt}  ", style="dim")
+        line.append(answer, style="green" if right else "yellow")
+        self._line(line if right else line.append(f"  (expected: {target})", style="dim"))
 
     def _numbers(self, run: Run) -> str:
         row = self._row
@@ -155,20 +170,14 @@ class ConsoleReporter:
             parts.append(f"eta {text.duration(left)}")
         return "  ".join(parts)
 
-    # -- at the end --------------------------------------------------------------------------------------------
+    # -- at the end ----------------------------------------------------------------------------------------
 
     def _show_end(self, run: Run) -> None:
         took = text.duration(self._clock.elapsed())
         stopped = f" It was stopped early: {run.stop_reason}." if run.stop_reason else ""
         self._line(f"Done: {run.step} steps in {took}{self._final_numbers()}.{stopped}")
-        grid = Table.grid(padding=(0, 2))
-        for name, value in end_rows(run, self._saved):
-            if self.console.is_terminal:
-                grid.add_row(Text(name, style="dim"), Text(value, style="bold", overflow="fold"))
-            else:
-                self._line(f"  {name:<8}  {value}")
-        if self.console.is_terminal:
-            self.console.print(_panel(grid, "Next"))
+        for name, value in end_rows(run, self._saved, self._prompt):  # no box: commands are copied from here
+            self._line(Text("  ").append(f"{name:<8}  ", style="dim").append(value, style="bold"))
 
     def _final_numbers(self) -> str:
         parts = [f"loss {text.loss(self._row['loss'])}"] if "loss" in self._row else []
@@ -252,12 +261,12 @@ def _epochs(value: float) -> str:
     return f"{value:.3g} epoch" + ("" if value == 1 else "s")
 
 
-def end_rows(run: Run, saved: Path | None) -> Iterator[tuple[str, str]]:
+def end_rows(run: Run, saved: Path | None, prompt: str = "") -> Iterator[tuple[str, str]]:
     """Where everything lies and what to type next."""
     if saved is not None:
         model = shlex.quote(str(saved))
-        prompt = shlex.quote(run.facts["prompt"]) if "prompt" in run.facts else '"..."'
-        yield "try it", f"collie generate {prompt} --model {model}"
+        typed = shlex.quote(prompt) if prompt.isprintable() and 0 < len(prompt) <= 80 else '"..."'
+        yield "try it", f"collie generate {typed} --model {model}"
         if run.facts.get("eval_samples"):
             yield "evaluate", f"collie eval {shlex.quote(str(run.output_dir / CONFIG))} --model {model}"
     yield "report", str(run.output_dir / REPORT)
@@ -265,4 +274,4 @@ def end_rows(run: Run, saved: Path | None) -> Iterator[tuple[str, str]]:
 
 
 def _panel(content: RenderableType, title: str) -> Panel:
-    return Panel(Group(content), title=Text(title), title_align="left", border_style="dim", expand=False)
+    return Panel(content, title=Text(title), title_align="left", border_style="dim", expand=False)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from collie_core.errors import RunError
 from collie_core.hookspecs import Run
@@ -17,6 +17,9 @@ from collie_core.plugins import hookimpl
 from collie_core.report import text
 from collie_core.report.console import summary_rows
 from collie_core.report.rundir import CONFIG, ENVIRONMENT, METRICS, PLUGINS, REPORT, SUMMARY, write_json
+
+if TYPE_CHECKING:
+    from collie_core.generate import SampleText
 
 TEMPLATE = Path(__file__).with_name("report.html.template")
 
@@ -26,6 +29,7 @@ class HtmlReport:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self._answers: list[tuple[int, Sequence[SampleText]]] = []  # (step, samples): the first and the last
 
     @hookimpl
     def collie_run_start(self) -> None:
@@ -33,10 +37,18 @@ class HtmlReport:
         self._started = time.monotonic()
 
     @hookimpl
+    def collie_evaluated(self, run: Run, samples: Sequence[SampleText]) -> None:
+        """Keep the first and the last answers to held-out prompts."""
+        if samples:
+            self._answers = [*self._answers[:1], (run.step, samples)]
+
+    @hookimpl
     def collie_run_end(self, run: Run, error: BaseException | None) -> None:
         """Write both files. What ended a run is not hidden behind a disk that is full."""
         with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
-            write_json(run.output_dir / SUMMARY, summary(run, error, time.monotonic() - self._started))
+            written = summary(run, error, time.monotonic() - self._started)
+            written["answers"] = answers(self._answers)
+            write_json(run.output_dir / SUMMARY, written)
             write_report(run.output_dir)
 
 
@@ -51,6 +63,17 @@ def summary(run: Run, error: BaseException | None, seconds: float) -> dict[str, 
         "facts": facts,
         "text": [[name, sentence] for name, sentence in summary_rows(run)],
     }
+
+
+def answers(kept: Sequence[tuple[int, Sequence[SampleText]]]) -> list[dict[str, str]]:
+    """One row per held-out prompt: what was expected, and the first and last answer by step."""
+    rows: list[dict[str, str]] = []
+    for step, samples in kept:
+        for index, sample in enumerate(samples):
+            if index == len(rows):
+                rows.append({"prompt": sample.prompt, "expected": sample.target})
+            rows[index][f"step {step}"] = sample.prediction
+    return rows
 
 
 def _outcome(run: Run, error: BaseException | None) -> str:
@@ -76,6 +99,7 @@ def write_report(output_dir: Path) -> Path:
         tiles="".join(_tiles(rows, written)),
         charts="".join(_figures(rows)),
         summary=_table(written.get("text", [])),
+        answers=_answers_section(written.get("answers", [])),
         plugins=_table([_plugin_row(plugin) for plugin in plugins], head=("name", "kind", "from")),
         config=escape(config.read_text(encoding="utf-8") if config.exists() else ""),
         environment=_table(_environment_rows(environment)),
@@ -153,6 +177,14 @@ def _row(cells: Sequence[object], tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"
 
 
+def _answers_section(rows: Sequence[Mapping[str, str]]) -> str:
+    if not rows:
+        return ""
+    head = list(rows[0])
+    table = _table([[row.get(name, "") for name in head] for row in rows], head)
+    return f"<section class=answers><h2>Held-out samples</h2>\n{table}</section>\n"
+
+
 def _plugin_row(plugin: Mapping[str, str]) -> tuple[str, str, str]:
     return plugin["name"], plugin["kind"], f"{plugin['distribution']} {plugin['version']}"
 
@@ -165,10 +197,8 @@ def _environment_rows(environment: Mapping[str, Any]) -> Iterator[tuple[str, str
     cpu, git = environment.get("cpu") or {}, environment.get("git")
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     yield "platform", environment.get("platform", "")
-    yield (
-        "cpu",
-        f"{cpu.get('model', '')} ({cpu.get('cores', '?')} cores, {text.memory(cpu.get('memory_bytes'))})",
-    )
+    memory = text.memory(cpu.get("memory_bytes"))
+    yield "cpu", f"{cpu.get('model', '')} ({cpu.get('cores', '?')} cores, {memory})"
     for gpu in environment.get("gpus", ()):
         yield "gpu", f"{gpu['model']} ({text.memory(gpu['memory_bytes'])})"
     if git:

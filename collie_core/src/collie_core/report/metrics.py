@@ -13,7 +13,7 @@ from collie_core.report.rundir import METRICS
 
 
 class MetricsFile:
-    """Appends a row for each logged step and each evaluation. A row is on disk before the next step begins."""
+    """Appends a row for each logged step and each evaluation, written out before the next step begins."""
 
     def __init__(self) -> None:
         self._file: TextIO | None = None  # open between run start and run end

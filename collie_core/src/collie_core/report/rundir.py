@@ -59,8 +59,8 @@ def refuse_used_directory(config: RunConfig) -> None:
     """Check that the run may write to its output folder; changes nothing.
 
     Raises:
-        RunError: the folder holds a run and `train.overwrite_output_dir` is off, or it is not a folder, or its
-            config.yaml is somebody else's.
+        RunError: the folder holds a run and `train.overwrite_output_dir` is off, or it is not a folder, or
+            its config.yaml is somebody else's.
     """
     output_dir = Path(config.train.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -70,8 +70,8 @@ def refuse_used_directory(config: RunConfig) -> None:
         return
     if not config.train.overwrite_output_dir:
         raise RunError(
-            f"train.output_dir={output_dir} already holds a run ({', '.join(found)}); choose another folder, or set "
-            "train.overwrite_output_dir=true to replace it"
+            f"train.output_dir={output_dir} already holds a run ({', '.join(found)}); choose another folder, "
+            "or set train.overwrite_output_dir=true to replace it"
         )
     if CONFIG in found and not _is_ours(output_dir / CONFIG):
         raise RunError(
@@ -109,7 +109,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What a person needs to repeat the run elsewhere. No environment variables; secrets in the command masked."""
+    """What one needs to repeat the run elsewhere; no environment variables, secrets in the command masked."""
     return {
         "command": list(redacted(sys.argv)),
         "working_directory": os.getcwd(),
@@ -165,7 +165,7 @@ def _git(*arguments: str, cwd: Path | None) -> str:
 
 
 def _cpu() -> dict[str, Any]:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     return {
         "model": _cpu_model(),
@@ -193,10 +193,8 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _packages() -> dict[str, str]:
-    found = {
-        dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]
-    }
-    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+    found = [(item.name, item.version) for item in metadata.distributions() if item.name]
+    return dict(sorted(found, key=lambda item: item[0].lower()))
 
 
 def _is_ours(path: Path) -> bool:

@@ -26,8 +26,8 @@ class TensorBoardReporter:
             import torch.utils.tensorboard  # noqa: F401  (found now rather than after the model is built)
         except ImportError as error:
             raise RunError(
-                "report_to: tensorboard is not installed; pip install 'collie-core[tensorboard]', or remove it "
-                f"from report_to ({error})"
+                "report_to: tensorboard is not installed; pip install 'collie-core[tensorboard]', "
+                f"or remove it from report_to ({error})"
             ) from error
         self._writer: SummaryWriter | None = None  # open between run start and run end
 

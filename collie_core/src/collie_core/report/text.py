@@ -71,13 +71,18 @@ def rate(value: float | None) -> str:
 
 
 def results(values: Mapping[str, Any]) -> str:
-    """Evaluation results: `eval/perplexity` becomes "perplexity 3.210"; several are separated by two spaces."""
+    """Evaluation results in one line: `eval/perplexity` becomes "perplexity 3.210"."""
     return "  ".join(f"{name.removeprefix('eval/')} {loss(value)}" for name, value in values.items())
 
 
 def printable(text: str) -> str:
     """`text` without the control characters that would move the cursor or colour the terminal."""
     return "".join(char if char in "\n\t" or char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def one_line(text: str, limit: int) -> str:
+    """`text` with its line ends written as ⏎, and its middle left out when it is longer than `limit`."""
+    return _without_middle(printable(text).replace("\n", "⏎"), limit)
 
 
 def shortened(segments: Segments, limit: int = 800) -> list[tuple[str, bool]]:

@@ -1,0 +1,265 @@
+"""Files and hub data sets as rows, each with its origin for the error sentence.
+
+Values are handed on exactly as written: nothing is coerced, guessed or filled in. JSON and text are read here, since
+only that gives the file and line of what is broken; CSV, parquet and the hub go through `datasets`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from collie_core.errors import DataError
+
+if TYPE_CHECKING:
+    from collie_core.config.data import SourceConfig
+
+
+class Row(NamedTuple):
+    """One row and where it stands: "train.jsonl:3", "data.parquet row 3", "org/name row 3"."""
+
+    origin: str
+    values: Mapping[str, Any]
+
+
+class Source:
+    """One entry of `data.train` or `data.eval`.
+
+    Raises:
+        DataError: no such file, a folder, or a suffix that no reader knows.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+        self.name = config.path
+        path = Path(config.path).expanduser()
+        self.path = path if _is_local(path, config.path) else None
+        self._hub: Any = None  # the loaded data set, so that it is looked up once
+
+    def identity(self) -> list[Any]:
+        """What the rows depend on: a changed file has another identity."""
+        if self.path is None:
+            return ["hub", self.name, self._hub_rows()._fingerprint]
+        file = self.path.stat()
+        return ["file", str(self.path.resolve()), file.st_size, file.st_mtime_ns, self.config.split]
+
+    def rows(self) -> Iterator[Row]:
+        """The rows of the split, in order.
+
+        Raises:
+            DataError: a row that cannot be read, with file, line and column; or no row at all.
+        """
+        if self.path is None:
+            rows = _numbered(self._hub_rows(), self.name)
+        else:
+            read, path = READERS[self.path.suffix.lower()], self.path
+            rows = _sliced(lambda: read(path), self.config.split, self.name)
+        first = next(rows, None)
+        if first is None:
+            where = f" in {self.config.split}" if self.config.split else ""
+            raise DataError(f"{self.name} holds no rows{where}")
+        yield first
+        yield from rows
+
+    def _hub_rows(self) -> Any:
+        if self._hub is None:
+            self._hub = _load_hub(self.name, self.config.split or "train")
+        return self._hub
+
+
+def handed_rows(rows: Iterable[Any], name: str) -> Iterator[Row]:
+    """Rows given by a program; any iterable of mappings, a `datasets.Dataset` too.
+
+    Raises:
+        DataError: a row is no mapping.
+    """
+    for number, values in enumerate(rows, 1):
+        origin = f"{name} row {number}"
+        yield Row(origin, _mapping(values, origin))
+
+
+# -- where a path leads -------------------------------------------------------------------------------------
+
+
+def _is_local(path: Path, written: str) -> bool:
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
+        known = ", ".join(files[:5]) if files else f"it has no {' '.join(READERS)}"
+        raise DataError(f"{written} is a folder; name a file in it ({known})")
+    suffix = path.suffix.lower()
+    if path.exists():
+        if suffix not in READERS:
+            raise DataError(f"{written}: unknown kind of file {suffix!r}; known are {' '.join(READERS)}")
+        return True
+    if suffix in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", written):
+        raise DataError(f"{written} does not exist{_nearest(path)}")
+    return False
+
+
+def _nearest(path: Path) -> str:
+    """The names most like a missing one, or how far the path exists."""
+    if path.parent.is_dir():
+        names = [item.name for item in path.parent.iterdir()]
+        near = get_close_matches(path.name, names, n=3, cutoff=0.5)
+        return f"; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
+    above = next(parent for parent in path.absolute().parents if parent.is_dir())
+    return f": its folder is missing too, only {above} is there"
+
+
+def _load_hub(name: str, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # (datasets, huggingface_hub and httpx raise types of their own)
+        raise DataError(
+            f"{name} is no file here, and the split {split} of a Hugging Face data set of that name "
+            f"cannot be loaded: {_sentence(error)}"
+        ) from error
+
+
+# -- readers ------------------------------------------------------------------------------------------------
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.isspace() and line:
+            values = _parse(line, path, first_line=number)
+            yield Row(f"{path}:{number}", _mapping(values, f"{path}:{number}"))
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """A list of objects, `{"data": [...]}`, or objects line by line. The file is read whole."""
+    text = _decode(path.read_bytes(), path, line=1)
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON lines under the name of JSON
+            yield from _read_jsonl(path)
+            return
+        content = _parse(text, path)
+    except (ValueError, RecursionError):
+        content = _parse(text, path)
+    if isinstance(content, dict):
+        content = content.get("data", [content])
+    if not isinstance(content, list):
+        raise DataError(f'{path} holds neither a list of objects nor {{"data": [...]}}')
+    yield from handed_rows(content, str(path))
+
+
+def _read_text(path: Path) -> Iterator[Row]:
+    """One sample per line; blank lines are skipped."""
+    for number, line in _lines(path):
+        if line and not line.isspace():
+            yield Row(f"{path}:{number}", {"text": line})
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    """Every value as the text it is written with: "NA" and "007" stay what they are."""
+    return _numbered(_stream("csv", path, dtype=str, keep_default_na=False), str(path))
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    return _numbered(_stream("parquet", path), str(path))
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers and lines without their ends. Only \\n ends a line: U+2028 and its like may stand in one."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            line = _decode(raw, path, line=number)
+            yield number, (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
+
+
+def _decode(raw: bytes, path: Path, *, line: int) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8")
+        raise DataError(
+            f"{_place(path, before, line)}: byte 0x{raw[error.start]:02x} is not UTF-8; save it as UTF-8"
+        ) from error
+
+
+def _parse(text: str, path: Path, *, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        place = _place(path, text[: error.pos], first_line)
+        raise DataError(f"{place}: this is not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # NaN, an integer of thousands of digits, endless nesting
+        raise DataError(f"{path}:{first_line}: this is not JSON: {_sentence(error)}") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")
+
+
+def _place(path: Path, before: str, first_line: int) -> str:
+    """file:line:column of the character after `before`."""
+    line = first_line + before.count("\n")
+    return f"{path}:{line}:{len(before) - before.rfind(chr(10))}"
+
+
+def _stream(kind: str, path: Path, **options: Any) -> Iterator[Any]:
+    """The rows of a local file through `datasets`, which in streaming copies nothing."""
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+    except Exception as error:  # (pandas and pyarrow raise types of their own)
+        raise DataError(f"{path} cannot be read as {kind}: {_sentence(error.__cause__ or error)}") from error
+
+
+def _numbered(rows: Iterable[Any], name: str) -> Iterator[Row]:
+    return (Row(f"{name} row {number}", values) for number, values in enumerate(rows, 1))
+
+
+def _mapping(values: object, origin: str) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        kind = type(values).__name__
+        raise DataError(f'{origin}: a row is an object such as {{"text": ...}}, not {kind}')
+    return values
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# -- splits -------------------------------------------------------------------------------------------------
+
+
+def _sliced(read: Callable[[], Iterator[Row]], split: str | None, name: str) -> Iterator[Row]:
+    """The rows of `split`, in the slicing syntax of `datasets`; a local file is the split `train`."""
+    if split is None or split == "train":
+        return read()
+    size = sum(1 for _ in read())
+    pieces = _slices(split, size, name)
+    return itertools.chain.from_iterable(itertools.islice(read(), start, stop) for start, stop in pieces)
+
+
+def _slices(split: str, size: int, name: str) -> Sequence[tuple[int, int]]:
+    from datasets import ReadInstruction
+
+    try:
+        pieces = ReadInstruction.from_spec(split).to_absolute({"train": size})
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"{name} has {size} rows, all in the split train; cannot take split={split!r} of them "
+            f"({_sentence(error)}). Write for instance train[:90%] or train[100:]"
+        ) from error
+    return [(piece.from_, piece.to) for piece in pieces]

@@ -1,0 +1,74 @@
+"""The table of combinations: each rule refuses its combination, and the page of the docs is the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collie_core.config.rules import RULES, compatibility_page, require_parts
+from collie_core.config.run import RunConfig
+from collie_core.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+LLAMA = {"config": {"model_type": "llama"}}
+FULL: dict[str, Any] = {"model": {"model_name_or_path": "m"}, "data": {"train": "t", "eval": "e"}}
+
+# key of the rule -> sections that break it and no other rule
+BREAKS: dict[str, dict[str, Any]] = {
+    "model.model_name_or_path": {"model": {}},
+    "parallel.tensor_parallel_size": {"parallel": {"tensor_parallel_size": 2}},
+    "parallel.pipeline_parallel_size": {"parallel": {"pipeline_parallel_size": 2}},
+    "parallel.zero_stage": {"parallel": {"zero_stage": 1, "engine": "torch"}},
+    "deepspeed": {"parallel": {"engine": "torch"}, "deepspeed": {"a": 1}},
+    "model.config": {"model": {**LLAMA, "model_name_or_path": "m"}},
+    "model.config.model_type": {"model": {"config": {}}, "tokenizer": "byte"},
+    "tokenizer.name_or_path": {"tokenizer": {"type": "byte", "name_or_path": "x"}},
+    "tokenizer": {"model": LLAMA},
+    "data.train": {"data": {"eval": "e"}},
+    "evaluation.steps": {"data": {"train": "t"}, "evaluation": {"steps": 1}},
+    "evaluation.on_start": {"data": {"train": "t"}, "evaluation": {"on_start": True}},
+    "train.max_steps": {"train": {"max_steps": 1, "num_train_epochs": 1}},
+    "lr_scheduler.warmup_ratio": {"lr_scheduler": {"warmup_ratio": 0.1, "warmup_steps": 1}},
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.key)
+def test_each_rule_refuses_its_combination_alone(rule: Any, tmp_path: Path) -> None:
+    if rule.key not in BREAKS:
+        assert rule.key == "evaluation.evaluators"  # needs an installed plugin: see test_components
+        return
+    sections = {**FULL, **BREAKS[rule.key]}
+    path = tmp_path / "run.yaml"
+    import yaml
+
+    path.write_text(yaml.safe_dump(sections))
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_yaml(path, complete=True)
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.rule, problem.hint) == (rule.key, rule.why, rule.fix)
+    assert problem.origin.startswith(str(path))
+    if rule.part:
+        RunConfig(**sections)  # a program may still hand it in
+
+
+def test_what_is_not_refused_is_taken() -> None:
+    RunConfig(**FULL, train={"max_steps": 1}, lr_scheduler={"warmup_steps": 0, "type": "linear"})
+    RunConfig(**FULL, parallel={"zero_stage": 3, "engine": "deepspeed"}, deepspeed={"a": 1})
+    RunConfig(**{**FULL, "model": LLAMA}, tokenizer={"name_or_path": "x"})
+
+
+def test_parts_that_neither_the_file_nor_the_program_gives() -> None:
+    require_parts(RunConfig(**FULL), model=False, train_data=False)
+    require_parts(RunConfig(), model=True, train_data=True)
+    with pytest.raises(ConfigError, match=r"^data\.train: is required\. Set it to a file or a hub id\.$"):
+        require_parts(RunConfig(), model=True, train_data=False)
+    with pytest.raises(ConfigError) as caught:
+        require_parts(RunConfig(), model=False, train_data=False)
+    assert [problem.key for problem in caught.value.problems] == ["model.model_name_or_path", "data.train"]
+
+
+def test_the_page_of_the_docs_is_the_table() -> None:
+    page = ROOT / "docs" / "compatibility.md"
+    assert page.read_text(encoding="utf-8") == compatibility_page()

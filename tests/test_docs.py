@@ -1,0 +1,92 @@
+"""README and docs are run: shell blocks as written, Python blocks as programs, files as files."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
+FENCE = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block: its language, the file it stands for, if any, and its text."""
+
+    language: str
+    file: str | None
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    return [Block(*match.groups()) for match in FENCE.finditer((ROOT / page).read_text())]
+
+
+def environment(workspace: Path) -> dict[str, str]:
+    """A person's shell: the tools of this environment first, plugins of the page found, no network."""
+    binaries = Path(sys.executable).parent
+    return os.environ | {
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(workspace / "site"),
+        "PIP_TARGET": str(workspace / "site"),
+        "PIP_NO_DEPS": "1",
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip reads this one inverted: no isolation, hatchling is here
+        "XDG_CACHE_HOME": str(workspace / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+def run(command: list[str] | str, workspace: Path) -> None:
+    done = subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        cwd=workspace,
+        env=environment(workspace),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_the_page_runs(page: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    for block in blocks(page):
+        if block.file is not None:
+            target = tmp_path / block.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(block.text)
+        elif block.language == "bash":
+            for line in block.text.splitlines():
+                if not line.startswith("make "):  # what continuous integration itself runs
+                    run(line, tmp_path)
+        elif block.language == "python":
+            run([sys.executable, "-c", block.text], tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_say_what_they_are(page: str) -> None:
+    known = {"bash", "python", "text", "yaml", "toml", "console"}
+    for block in blocks(page):
+        assert block.language in known
+        assert block.language not in ("yaml", "toml") or block.file is not None
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target

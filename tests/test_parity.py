@@ -1,0 +1,163 @@
+"""The promise of the loss: a run equals a plain loop, however its batch is cut and laid out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+from collie_core.api import RunConfig, Trainer
+from collie_core.data.loader import sample_order
+
+STEPS, BATCH, LR, CLIP, SEED, MAX_LENGTH = 20, 8, 1e-3, 1.0, 7, 256
+
+
+class Record:
+    """Keeps the loss of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def collie_after_step(self, loss: torch.Tensor) -> None:
+        self.losses.append(loss.item())
+
+
+def our_losses(model: Path, data: Path, output: Path, **changes: Any) -> list[float]:
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"model_name_or_path": str(model)},
+        "data": {"train": str(data), "max_length": MAX_LENGTH, "cache_dir": str(output / "cache")},
+        "train": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH,
+            "max_grad_norm": CLIP,
+            "seed": SEED,
+            "output_dir": str(output / "run"),
+            "overwrite_output_dir": True,
+        },
+        "optimizer": {"type": "adamw", "lr": LR, "weight_decay": 0.01},
+        "lr_scheduler": {"type": "cosine", "warmup_ratio": 0.1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        sections.setdefault(section, {})[name] = value
+    record = Record()
+    Trainer(RunConfig(**sections), callbacks=[record], observers=()).train()
+    return record.losses
+
+
+def plain_losses(model_path: Path, data: Path) -> list[float]:
+    """torch and transformers only; of CoLLiE just the order in which the samples come."""
+    torch.manual_seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).train()
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    samples = [_plain_sample(tokenizer, row) for row in rows]
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    scheduler = get_scheduler("cosine", optimizer, round(0.1 * STEPS), STEPS)
+    order = [index for epoch in range(2) for index in sample_order(len(samples), SEED, epoch)]
+    losses = []
+    for step in range(STEPS):
+        chosen = [samples[index] for index in order[step * BATCH : (step + 1) * BATCH]]
+        longest = max(len(ids) for ids, _ in chosen)
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in chosen])
+        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in chosen])
+        logits = model(input_ids=ids).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _plain_sample(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
+    """Prompt, answer and end of text; the tokens that reach beyond the prompt are the targets."""
+    encoded = tokenizer(row["input"] + row["output"], return_offsets_mapping=True)
+    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+    ends = [end for _, end in encoded["offset_mapping"]]
+    labels = [token if end > len(row["input"]) else -100 for token, end in zip(ids, ends, strict=False)]
+    return ids[:MAX_LENGTH], [*labels, tokenizer.eos_token_id][:MAX_LENGTH]
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    assert len(first) == len(second) == STEPS
+    return max(abs(one - other) for one, other in zip(first, second, strict=True))
+
+
+CUTS = [(8, 1, False), (4, 2, False), (2, 4, False), (1, 8, False), (8, 1, True), (4, 2, True), (1, 8, True)]
+
+
+def assert_parity(model: Path, data: Path, output: Path) -> None:
+    plain = plain_losses(model, data)
+    ours = our_losses(model, data, output)
+    assert ours[-1] < ours[0]
+    assert largest_difference(plain, ours) <= 1e-6
+    runs = [
+        our_losses(
+            model,
+            data,
+            output,
+            train__per_device_train_batch_size=rows,
+            train__gradient_accumulation_steps=accumulation,
+            data__packing=packing,
+        )
+        for rows, accumulation, packing in CUTS
+    ]
+    for first in runs:
+        for second in runs:
+            assert largest_difference(first, second) <= 1e-5
+
+
+def test_a_run_equals_a_plain_loop_however_it_is_cut(tiny_llama: Path, instructions: Path, tmp_path: Path) -> None:
+    assert_parity(tiny_llama, instructions, tmp_path)
+
+
+@pytest.mark.real
+def test_a_real_run_equals_a_plain_loop_however_it_is_cut(real_data: Path, tmp_path: Path) -> None:
+    assert_parity(real_data / "stories260K-hf", real_data / "text" / "gsm8k_train_2000.jsonl", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_gives_the_same_losses(stage: int, tiny_llama: Path, instructions: Path, tmp_path: Path) -> None:
+    ours = our_losses(tiny_llama, instructions, tmp_path, train__gradient_accumulation_steps=2)
+    zero = our_losses(
+        tiny_llama, instructions, tmp_path, train__gradient_accumulation_steps=2, parallel__zero_stage=stage
+    )
+    assert largest_difference(ours, zero) <= 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", ["full"])
+def test_gradient_checkpointing_changes_nothing(
+    checkpointing: str, tiny_llama: Path, instructions: Path, tmp_path: Path
+) -> None:
+    ours = our_losses(tiny_llama, instructions, tmp_path)
+    lean = our_losses(tiny_llama, instructions, tmp_path, model__gradient_checkpointing=checkpointing)
+    assert largest_difference(ours, lean) <= 1e-6
+
+
+def losses_on_this_rank(model: Path, data: Path, output: Path, changes: dict[str, Any]) -> list[float]:
+    return our_losses(model, data, output, **changes)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_ranks_give_the_losses_of_one(
+    stage: int, packing: bool, zygote: Any, tiny_llama: Path, instructions: Path, tmp_path: Path
+) -> None:
+    one = our_losses(tiny_llama, instructions, tmp_path)
+    changes = {"train__per_device_train_batch_size": 4, "parallel__zero_stage": stage, "data__packing": packing}
+    both = zygote.run(
+        __file__, "losses_on_this_rank", world_size=2, args=(tiny_llama, instructions, tmp_path, changes)
+    )
+    assert both[0] == both[1]
+    assert largest_difference(one, both[0]) <= 1e-5
