@@ -20,7 +20,7 @@ from collie_core.hookspecs import Run
 from collie_core.model.export import save_pretrained, write_folder
 from collie_core.parts import EvalFn, HandedIn, Parts
 from collie_core.plugins import check_agreement
-from collie_core.report import observers as standard_observers
+from collie_core.report import standard_observers
 from collie_core.report import prepare_run_directory, refuse_used_directory, run_facts
 from collie_core.report.meter import Meter
 
@@ -93,10 +93,10 @@ class Trainer:
             CollieError: a part of the run cannot be built, or the gradients are no longer numbers.
         """
         with self._random_state(), self._recorded() as run:
-            step, meter = self.parts.step, Meter(self.topology)
             self.hooks.collie_run_start(run=run)
             if self.config.evaluation.on_start:
                 self.evaluate()
+            step, meter = self.parts.step, Meter(self.topology)
             for batch in self.parts.loader():
                 torch.manual_seed(self._seed(run.step))
                 self.hooks.collie_before_step(run=run, batch=batch)

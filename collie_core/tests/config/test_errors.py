@@ -76,6 +76,7 @@ def test_one_rule_in_words(line: str, key: str, rule: str) -> None:
     [
         ("train: {max_step: 1}", "Did you mean max_steps?"),
         ("trian: {}", "Did you mean train?"),
+        ("trian:", "Did you mean train?"),
         ("optimizer: {type: adamw, beta: [0, 0]}", "Did you mean betas?"),
         ("train: {packing: true}", "It belongs to data: data.packing."),
         ("max_steps: 5", "It belongs to train: train.max_steps."),

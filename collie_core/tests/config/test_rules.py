@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from collie_core.config.rules import RULES, compatibility_page, require_parts
 from collie_core.config.run import RunConfig
@@ -20,8 +21,7 @@ BREAKS: dict[str, dict[str, Any]] = {
     "model.model_name_or_path": {"model": {}},
     "parallel.tensor_parallel_size": {"parallel": {"tensor_parallel_size": 2}},
     "parallel.pipeline_parallel_size": {"parallel": {"pipeline_parallel_size": 2}},
-    "parallel.zero_stage": {"parallel": {"zero_stage": 1, "engine": "torch"}},
-    "deepspeed": {"parallel": {"engine": "torch"}, "deepspeed": {"a": 1}},
+    "deepspeed": {"deepspeed": {"a": 1}},
     "model.config": {"model": {**LLAMA, "model_name_or_path": "m"}},
     "model.config.model_type": {"model": {"config": {}}, "tokenizer": "byte"},
     "tokenizer.name_or_path": {"tokenizer": {"type": "byte", "name_or_path": "x"}},
@@ -41,8 +41,6 @@ def test_each_rule_refuses_its_combination_alone(rule: Any, tmp_path: Path) -> N
         return
     sections = {**FULL, **BREAKS[rule.key]}
     path = tmp_path / "run.yaml"
-    import yaml
-
     path.write_text(yaml.safe_dump(sections))
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_yaml(path, complete=True)
@@ -55,7 +53,7 @@ def test_each_rule_refuses_its_combination_alone(rule: Any, tmp_path: Path) -> N
 
 def test_what_is_not_refused_is_taken() -> None:
     RunConfig(**FULL, train={"max_steps": 1}, lr_scheduler={"warmup_steps": 0, "type": "linear"})
-    RunConfig(**FULL, parallel={"zero_stage": 3, "engine": "deepspeed"}, deepspeed={"a": 1})
+    RunConfig(**FULL, parallel={"zero_stage": 3}, deepspeed={"a": 1})
     RunConfig(**{**FULL, "model": LLAMA}, tokenizer={"name_or_path": "x"})
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,7 +114,10 @@ def test_any_text_and_number_reads_back(free: dict[str, Any], path: str) -> None
 
 def test_it_can_be_copied_and_sent_to_another_process() -> None:
     config = _train(max_steps=3)
-    assert pickle.loads(pickle.dumps(config)) == config  # noqa: S301
+    config.registry.hook_manager()  # holds what cannot be pickled
+    received = pickle.loads(pickle.dumps(config))  # noqa: S301
+    assert received == config
+    assert received.registry is not config.registry
     assert config.model_copy(update={"report_to": ["tensorboard"]}).registry is config.registry
     assert hasattr(config, "registry")
 
@@ -165,7 +170,7 @@ def test_any_two_sizes_decide_the_third(
         (
             {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "global_batch_size": 8},
             1,
-            "must be per_device_train_batch_size x gradient_accumulation_steps x data_parallel_size = 2 x 2 x 1 = 4",
+            "x gradient_accumulation_steps x data_parallel_size = 2 x 2 x 1 = 4",
         ),
     ],
 )
@@ -190,10 +195,6 @@ def test_what_is_derived_is_not_stored() -> None:
     assert _config().train.num_train_epochs is None
     assert _train(max_steps=5).num_train_epochs is None
     assert _train(num_train_epochs=2).num_train_epochs == 2.0
-    assert _config().engine == "torch"
-    assert _config(parallel={"zero_stage": 1}).engine == "deepspeed"
-    assert _config(deepspeed={"wall_clock_breakdown": True}).engine == "deepspeed"
-    assert _config(parallel={"engine": "deepspeed"}).engine == "deepspeed"
 
 
 # -- aliases ------------------------------------------------------------------------------------------------
@@ -233,16 +234,15 @@ _SIZES = ("tp", "pp", "tensor", "pipeline")  # other sizes than 1 are refused by
 def test_names_of_other_tools(name: str, tmp_path: Path) -> None:
     written, kept = _WRITTEN.get(name, (1, 1) if name.startswith(_SIZES) else (2, 2))
     target = ALIASES[name].target
-    overrides: dict[str, Any] = {"model": {}, "data": {}} if target in ("x",) else {}
-    base = {section: dict(fields) for section, fields in {**GOOD, **overrides}.items()}
+    sections: dict[str, Any] = copy.deepcopy(GOOD)
+    if target == "deepspeed":
+        sections["parallel"] = {"zero_stage": 1}
     section, _, field = target.rpartition(".")
-    base.get(section, {}).pop(field, None)
+    sections.get(section, {}).pop(field, None)
     place, _, key = name.rpartition(".")
-    (base.setdefault(place, {}) if place else base)[key] = written
+    (sections.setdefault(place, {}) if place else sections)[key] = written
     path = tmp_path / "run.yaml"
-    import yaml
-
-    path.write_text(yaml.safe_dump(base))
+    path.write_text(yaml.safe_dump(sections))
     notes: list[str] = []
     value: Any = RunConfig.from_yaml(path, notes=notes)
     for part in target.split("."):
@@ -320,7 +320,8 @@ def test_sections_without_content_are_not_written() -> None:
 def test_overrides(override: str, key: tuple[str | int, ...], value: Any) -> None:
     text = (
         "model: {model_name_or_path: m}\ndata: {train: t, eval: [{path: e}]}\ntrain: {max_steps: 5}\n"
-        "optimizer: {type: adamw, lr: 1}\nlr_scheduler: cosine\nevaluation: {evaluators: [{type: perplexity}]}\n"
+        "optimizer: {type: adamw, lr: 1}\nlr_scheduler: cosine\n"
+        "evaluation: {evaluators: [{type: perplexity}]}\n"
     )
     found: Any = RunConfig.from_text(text, [override])
     for part in key:
@@ -340,6 +341,7 @@ def test_overrides(override: str, key: tuple[str | int, ...], value: Any) -> Non
         ("data.eval.3.path=x", "data.eval is a list of 1, with indices from 0"),
         ("data.eval.x.path=x", "data.eval is a list of 1, with indices from 0"),
         ("train.max_step=3", "is not a known key"),
+        ("trian=", "is not a known key"),
         ("optimizer.type=adamv", "unknown optimizer"),
     ],
 )

@@ -90,8 +90,8 @@ def test_plain_evaluation_shows_results_and_answers(tmp_path: Path) -> None:
     reporter, out = plain()
     play([reporter], make_run(tmp_path))
     assert "step 3/3  eval  loss 1.250  perplexity 3.490\n" in out.getvalue()
-    assert "  What does a cow say?  Moo.\n" in out.getvalue()
-    assert "  Spell cat.  c-a⏎r  (expected: c-a-t)\n" in out.getvalue()
+    assert "  What does a cow say? → Moo.\n" in out.getvalue()
+    assert "  Spell cat. → c-a⏎r  (expected: c-a-t)\n" in out.getvalue()
 
 
 def test_end_says_where_everything_lies_and_what_to_type(tmp_path: Path) -> None:

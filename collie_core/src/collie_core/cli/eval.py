@@ -26,8 +26,10 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args)
     if not config.data.eval:
         raise RunError("data.eval is empty: nothing to evaluate; set data.eval to a file or a split")
+    from collie_core.cli._quiet import quiet_libraries
     from collie_core.loop import Trainer
 
+    quiet_libraries()
     results = Trainer(config, observers=()).evaluate()
     if args.json:
         print(json.dumps(results))

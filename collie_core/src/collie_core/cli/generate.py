@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print what the model says after the prompt."""
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    from collie_core.cli._quiet import quiet_libraries
     from collie_core.generate import generate, load_for_generation, prompt_ids
 
+    quiet_libraries()
     model, tokenizer = load_for_generation(args.model, trust_remote_code=args.trust_remote_code)
     (new_ids,) = generate(
         model,

@@ -14,8 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train as the file says; the config is checked before torch is imported."""
-    config = load_config(args)
+    config = load_config(args, complete=True)
+    from collie_core.cli._quiet import quiet_libraries
     from collie_core.loop import Trainer
 
+    quiet_libraries()
     Trainer(config).train()
     return 0

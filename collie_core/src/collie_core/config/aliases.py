@@ -6,7 +6,7 @@ A name that is a field where it stands is never an alias.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from collie_core.errors import MISSING, Problem
@@ -121,7 +121,7 @@ _FREE = ("deepspeed", "plugins")  # no names of other tools are looked for in th
 
 def normalise(document: Document, guide: Guide) -> None:
     """Rename the aliases in `document` in place, and drop sections in which nothing is written."""
-    data = document.data = _copy(document.data)
+    data = document.data = _copy(document.data, guide.root.model_fields)
     _zero_shorthand(document)
     if isinstance(data.get("model"), str):
         _note(document, "model", "model.model_name_or_path")
@@ -133,12 +133,12 @@ def normalise(document: Document, guide: Guide) -> None:
                 _rename(document, guide, f"{key}.{name}")
 
 
-def _copy(data: Mapping[str, Any]) -> dict[str, Any]:
+def _copy(data: Mapping[str, Any], sections: Container[str]) -> dict[str, Any]:
     """So that what a caller handed in stays as it is. A section in which nothing is written is none."""
     return {
         key: dict(value) if isinstance(value, dict) else value
         for key, value in data.items()
-        if value is not None
+        if value is not None or key not in sections
     }
 
 

@@ -123,7 +123,7 @@ def _override(document: Document, key: str, value: Any, guide: Guide) -> None:
         key, value = alias.target, aliases.translated(alias, value)
     if value is MISSING:
         return
-    if "." not in key and value is None:
+    if value is None and key in guide.root.model_fields:
         document.data.pop(key, None)
         return
     if fault := _set(document.data, key.split("."), value):

@@ -12,10 +12,6 @@ from collie_core.config.base import ConfigModel
 class ParallelConfig(ConfigModel):
     """How the processes share the work."""
 
-    engine: Literal["auto", "torch", "deepspeed"] = Field(
-        "auto",
-        description="What drives a step. auto: deepspeed where zero_stage or `deepspeed:` asks for it.",
-    )
     tensor_parallel_size: PositiveInt = Field(1, description="Processes that share each layer.")
     pipeline_parallel_size: PositiveInt = Field(1, description="Stages that the layers are dealt out to.")
     data_parallel_size: PositiveInt | Literal["auto"] = Field(

@@ -38,7 +38,7 @@ _TINY_LLAMA = {
     "intermediate_size": 384,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 256,
 }
 _SMALL_LLAMA = {
     "model_type": "llama",
@@ -57,7 +57,7 @@ PRESETS: Mapping[str, Preset] = {
         {
             "model": {"config": _TINY_LLAMA},
             "tokenizer": {"type": "byte"},
-            "data": {**_FILES, "max_length": 256},
+            "data": {**_FILES, "max_length": 128},
             "train": {
                 "max_steps": 300,
                 "per_device_train_batch_size": 16,

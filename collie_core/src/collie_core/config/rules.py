@@ -55,18 +55,11 @@ RULES = (
         lambda config: config.parallel.pipeline_parallel_size > 1,
     ),
     Rule(
-        "parallel.zero_stage",
-        "`parallel.zero_stage` above 0 with `parallel.engine: torch`",
-        "ZeRO is DeepSpeed's, and parallel.engine is torch",
-        "Set parallel.engine to auto or deepspeed.",
-        lambda config: config.parallel.zero_stage > 0 and config.parallel.engine == "torch",
-    ),
-    Rule(
         "deepspeed",
-        "a `deepspeed:` section with `parallel.engine: torch`",
-        "nothing reads it, since parallel.engine is torch",
-        "Set parallel.engine to auto or deepspeed, or remove the section.",
-        lambda config: bool(config.deepspeed) and config.parallel.engine == "torch",
+        "a `deepspeed:` section with `parallel.zero_stage: 0`",
+        "nothing reads it, since stage 0 is plain torch",
+        "Set parallel.zero_stage to 1, 2 or 3, or remove the section.",
+        lambda config: bool(config.deepspeed) and config.parallel.zero_stage == 0,
     ),
     Rule(
         "model.config",

@@ -181,6 +181,12 @@ class RunConfig(ConfigModel):
         """The installed plugins, less the blocked ones, that the component sections were validated by."""
         return Plugins.discover(self.plugins.block)
 
+    def __getstate__(self) -> dict[Any, Any]:
+        """Without the registry: a process that receives the configuration resolves plugins itself."""
+        state = super().__getstate__()
+        kept = {name: value for name, value in state["__dict__"].items() if name != "registry"}
+        return {**state, "__dict__": kept}
+
     def to_yaml(self) -> str:
         """Every field with its value, defaults included; reads back as an equal configuration."""
         from collie_core.config.loading import dump
@@ -218,13 +224,6 @@ class RunConfig(ConfigModel):
         if self.train.max_steps is not None:
             return None
         return 1.0 if self.train.num_train_epochs is None else self.train.num_train_epochs
-
-    @property
-    def engine(self) -> Literal["torch", "deepspeed"]:
-        """What drives a step: as written, or deepspeed where something asks for it."""
-        if self.parallel.engine != "auto":
-            return self.parallel.engine
-        return "deepspeed" if self.parallel.zero_stage or self.deepspeed else "torch"
 
 
 def _registry(document: Document) -> Plugins:

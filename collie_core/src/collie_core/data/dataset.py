@@ -18,8 +18,8 @@ import numpy as np
 from collie_core import __version__
 from collie_core.config.data import SourceConfig
 from collie_core.data.formats import Counts, Encoder, Sample, detect
-from collie_core.data.loader import IGNORE, samples_per_epoch
-from collie_core.data.sources import Row, given_rows, read_rows
+from collie_core.data.loader import IGNORED
+from collie_core.data.sources import Row, Source, handed_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,13 +69,23 @@ class Arrays:
     ends: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class SourceRange:
+    """The samples `start` to `stop` come from one source; `per_epoch` of them are seen in each epoch."""
+
+    start: int
+    stop: int
+    per_epoch: int
+
+
 class TokenizedDataset(Sequence[dict[str, Any]]):
     """Samples by index: `input_ids` and `labels`, int32 arrays of equal length."""
 
-    def __init__(self, arrays: Arrays, stats: DataStats, weights: NDArray[np.float64] | None = None) -> None:
+    def __init__(self, arrays: Arrays, stats: DataStats, ranges: Sequence[SourceRange]) -> None:
         self.arrays = arrays
         self.stats = stats
-        self.weights = weights  # of each sample, None when all are 1
+        self.ranges = tuple(ranges)
+        self.lengths = np.diff(arrays.ends, prepend=0)  # tokens of each sample
 
     def __len__(self) -> int:
         return len(self.arrays.ends)
@@ -90,7 +100,7 @@ class TokenizedDataset(Sequence[dict[str, Any]]):
     @property
     def samples_per_epoch(self) -> int:
         """Samples of one pass, as the weights have it."""
-        return samples_per_epoch(len(self), self.weights)
+        return sum(source.per_epoch for source in self.ranges)
 
 
 def prepare_dataset(
@@ -109,9 +119,9 @@ def prepare_dataset(
     encoder = Encoder(tokenizer, data, vocab_size)
     if len(given) and isinstance(given[0], SourceConfig):
         return _from_sources(given, encoder, name)
-    samples = list(_encode(given_rows(given, name), None, encoder))
+    samples = list(_encode(handed_rows(given, name), None, encoder))
     encoder.check_share(name)
-    return TokenizedDataset(_in_memory(samples), _stats(encoder.counts))
+    return TokenizedDataset(_in_memory(samples), _stats(encoder.counts), [SourceRange(0, len(samples), len(samples))])
 
 
 # -- the cache ----------------------------------------------------------------------------------------------
@@ -128,7 +138,7 @@ def _from_sources(sources: Sequence[SourceConfig], encoder: Encoder, name: str) 
         if meta is None:
             meta = _build(folder, sources, encoder, name)
     arrays = Arrays(**{key: np.memmap(folder / key, dtype=kind, mode="r") for key, kind in ARRAYS.items()})
-    return TokenizedDataset(arrays, DataStats(**meta["stats"]), _weights(sources, meta["sizes"]))
+    return TokenizedDataset(arrays, DataStats(**meta["stats"]), _ranges(sources, meta["sizes"]))
 
 
 def default_cache_dir() -> Path:
@@ -141,19 +151,11 @@ def _fingerprint(sources: Sequence[SourceConfig], encoder: Encoder) -> str:
     data, tokenizer = encoder.data, encoder.tokenizer
     facts = {
         "collie": [__version__, LAYOUT],
-        "sources": [[source.path, source.format, source.split, *_identity(source)] for source in sources],
+        "sources": [[source.format, *Source(source).identity()] for source in sources],
         "options": [data.max_length, data.train_on, data.long_samples, encoder.template, encoder.vocab_size],
         "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _identity(source: SourceConfig) -> list[Any]:
-    path = Path(source.path)
-    if not path.exists():
-        return []
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
@@ -177,7 +179,7 @@ def _build(folder: Path, sources: Sequence[SourceConfig], encoder: Encoder, name
         files = {key: stack.enter_context((beside / key).open("wb")) for key in ARRAYS}
         for source in sources:
             before = encoder.counts.samples
-            for sample in _encode(read_rows(source), source.format, encoder):
+            for sample in _encode(Source(source).rows(), source.format, encoder):
                 end += len(sample.input_ids)
                 for key, values in (("input_ids", sample.input_ids), ("labels", sample.labels), ("ends", [end])):
                     files[key].write(np.asarray(values, ARRAYS[key]).tobytes())
@@ -211,10 +213,12 @@ def _stats(counts: Counts) -> DataStats:
     return DataStats(**{key: value for key, value in vars(counts).items() if key != "formats"})
 
 
-def _weights(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> NDArray[np.float64] | None:
-    if all(source.weight == 1 for source in sources):
-        return None
-    return np.repeat([source.weight for source in sources], sizes).astype(np.float64)
+def _ranges(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> list[SourceRange]:
+    stops = np.cumsum(sizes).tolist()
+    return [
+        SourceRange(stop - size, stop, round(size * source.weight))
+        for source, size, stop in zip(sources, sizes, stops, strict=True)
+    ]
 
 
 # -- for a person -------------------------------------------------------------------------------------------
@@ -222,7 +226,7 @@ def _weights(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> NDArray[n
 
 def segments(sample: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """The sample as text, cut where targets begin and end: (text, whether it is learned)."""
-    ids, targets = [int(token) for token in sample["input_ids"]], [label != IGNORE for label in sample["labels"]]
+    ids, targets = [int(token) for token in sample["input_ids"]], [label != IGNORED for label in sample["labels"]]
     if targets and len(targets) > 1:
         targets[0] = targets[1]  # the first token is never a target; alone in front it would only distract
     cuts = [0, *(at for at in range(1, len(ids)) if targets[at] != targets[at - 1]), len(ids)]

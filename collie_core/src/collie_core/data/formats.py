@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from collie_core.data.loader import IGNORE
+from collie_core.data.loader import IGNORED
 from collie_core.data.sources import Row
 from collie_core.data.tokenizer import CHATML
 from collie_core.errors import DataError
@@ -114,7 +114,7 @@ class Encoder:
             encoded = list(zip(rows, self._tokenise([mark(row) for row in rows]), strict=True))
         for row, sample in encoded:
             for piece in self._fitted(row, sample):
-                if all(label == IGNORE for label in piece.labels):
+                if all(label == IGNORED for label in piece.labels):
                     self.counts.dropped_without_target += 1
                     continue
                 self._count(piece)
@@ -200,7 +200,7 @@ class Encoder:
         if len(ids) != len(labels):
             raise DataError(f"{row.origin}: {len(ids)} input_ids but {len(labels)} labels")
         wrong = [token for token in ids if not 0 <= token < self.vocab_size]
-        wrong += [token for token in labels if token != IGNORE and not 0 <= token < self.vocab_size]
+        wrong += [token for token in labels if token != IGNORED and not 0 <= token < self.vocab_size]
         if wrong:
             raise DataError(f"{row.origin}: token {wrong[0]} is outside the vocabulary of {self.vocab_size}")
         return _sample(ids, labels)
@@ -219,7 +219,7 @@ class Encoder:
         )
         for marked, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             labels = [
-                token if _reaches_into(offset, marked.spans) else IGNORE
+                token if _reaches_into(offset, marked.spans) else IGNORED
                 for token, offset in zip(ids, offsets, strict=True)
             ]
             if not templated and end is not None:
@@ -254,12 +254,12 @@ class Encoder:
         counts = self.counts
         counts.samples += 1
         counts.tokens += len(sample.input_ids)
-        counts.target_tokens += sum(label != IGNORE for label in sample.labels)
+        counts.target_tokens += sum(label != IGNORED for label in sample.labels)
         counts.longest = max(counts.longest, len(sample.input_ids))
 
 
 def _sample(ids: Sequence[int], labels: Sequence[int]) -> Sample:
-    return Sample(list(ids), [IGNORE, *labels[1:]] if labels else [])
+    return Sample(list(ids), [IGNORED, *labels[1:]] if labels else [])
 
 
 def _reaches_into(offset: Span, spans: Sequence[Span]) -> bool:

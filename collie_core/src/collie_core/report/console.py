@@ -150,7 +150,7 @@ class ConsoleReporter:
     def _show_answer(self, sample: SampleText) -> None:
         prompt, target, answer = (text.one_line(part, 200) for part in sample)
         right = target == answer
-        line = Text("  ").append(f"{prompt}  ", style="dim")
+        line = Text("  ").append(f"{prompt} → ", style="dim")
         line.append(answer, style="green" if right else "yellow")
         self._line(line if right else line.append(f"  (expected: {target})", style="dim"))
 

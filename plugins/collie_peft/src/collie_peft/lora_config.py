@@ -21,8 +21,8 @@ class LoraConfig(ComponentConfig):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of A.")
     target_modules: list[str] | str | None = Field(
         None,
-        description="Layers that get an adapter: a list of name endings, a regular expression over whole names, "
-        "or all-linear; default: peft's choice for the model family.",
+        description="Layers that get an adapter: a list of name endings, a regular expression over whole "
+        "names, or all-linear; default: peft's choice for the model family.",
     )
     exclude_modules: list[str] | str | None = Field(
         None, description="Layers that get none although target_modules names them; written the same way."

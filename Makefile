@@ -1,0 +1,58 @@
+# One verb each. Every verb that needs the packages installs them first; a repeated install costs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKS := $(patsubst %/pyproject.toml,%,$(wildcard collie_*/pyproject.toml plugins/*/pyproject.toml))
+SOURCES := $(wildcard $(PACKS:%=%/src))
+STAMP := $(VENV)/.installed
+JOBS ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check format bench docs constraints clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Make .venv with the exact versions of constraints.txt and every pack, editable
+
+# The constraints go in first and the packs without dependencies, so that nothing is resolved and nothing drifts;
+# `pip check` then says whether the packs' own requirements are met.
+$(STAMP): constraints.txt pyproject.toml $(PACKS:%=%/pyproject.toml)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install -r constraints.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation $(PACKS:%=-e %/) -e .
+	$(BIN)/python -m pip check
+	touch $@
+
+quickstart: install ## Train a small llama from random weights on the shipped questions: a minute on two cores
+	$(BIN)/collie train examples/quickstart.yaml
+
+test: install ## All tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: install ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(SOURCES)
+
+format: install ## Repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## Every benchmark, one after the other
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+docs: install ## What is generated from the code: the JSON Schema of the configuration
+	$(BIN)/collie schema -o docs/schema.json
+
+constraints: ## Write constraints.txt anew from what .venv holds
+	{ sed '/^[^#]/d' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \
+	  | sed -e '/^pip==/d' -e 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## Remove what was built; .venv and runs stay
+	rm -rf build dist .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,19 @@
+"""What a command-line process, and only that, switches off in the libraries it runs: they would talk into its display."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """No progress bars of transformers and datasets, no announcements of DeepSpeed, no deprecations not ours."""
+    import torch
+    from datasets.utils.logging import disable_progress_bar
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search for one, and the warning about it
