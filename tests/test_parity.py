@@ -55,21 +55,21 @@ def plain_losses(model_path: Path, data: Path) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).train()
     rows = [json.loads(line) for line in data.read_text().splitlines()]
-    samples = [_plain_sample(tokenizer, row) for row in rows]
+    encoded = [_plain_sample(tokenizer, row) for row in rows]
+    samples = [(ids, labels) for ids, labels in encoded if any(label != -100 for label in labels)]
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scheduler = get_scheduler("cosine", optimizer, round(0.1 * STEPS), STEPS)
-    order = [index for epoch in range(2) for index in sample_order(len(samples), SEED, epoch)]
+    order = [int(index) for epoch in range(4) for index in sample_order(len(samples), SEED, epoch)]
     losses = []
     for step in range(STEPS):
         chosen = [samples[index] for index in order[step * BATCH : (step + 1) * BATCH]]
         longest = max(len(ids) for ids, _ in chosen)
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in chosen])
         labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in chosen])
-        logits = model(input_ids=ids).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = model(input_ids=ids, labels=labels).loss  # transformers' own mean over the target tokens
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()

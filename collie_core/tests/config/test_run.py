@@ -319,7 +319,7 @@ def test_sections_without_content_are_not_written() -> None:
 )
 def test_overrides(override: str, key: tuple[str | int, ...], value: Any) -> None:
     text = (
-        "model: {model_name_or_path: m}\ndata: {train: t, eval: [{path: e}]}\ntrain: {max_steps: 5}\n"
+        "parallel: {zero_stage: 1}\nmodel: {model_name_or_path: m}\ndata: {train: t, eval: [{path: e}]}\ntrain: {max_steps: 5}\n"
         "optimizer: {type: adamw, lr: 1}\nlr_scheduler: cosine\n"
         "evaluation: {evaluators: [{type: perplexity}]}\n"
     )

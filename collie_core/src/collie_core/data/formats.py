@@ -1,47 +1,50 @@
 """From a row to tokens and targets.
 
-Every format becomes a text and the spans of it that are to be learned; tokens that reach into such a span are targets.
-`labels[i]` is the target at position i, -100 where there is none; nothing predicts the first token of a sample.
+Every format becomes a text and the spans of it to learn; a token that reaches into a span is a target, also
+when it begins before it. `labels[i]` is the target AT position i, -100 where there is none; position 0, which
+nothing predicts, never has one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from collie_core.data.loader import IGNORED
+from collie_core.data.loader import IGNORE
 from collie_core.data.sources import Row
-from collie_core.data.tokenizer import CHATML
+from collie_core.data.tokenizer import CHATML, require_fast
 from collie_core.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
     from collie_core.config.data import DataConfig
 
 Format = Literal["text", "completion", "messages", "tokens"]
 Span = tuple[int, int]
 TEMPLATES = {"chatml": CHATML}
-
-_ROLES = {
+PAIRS = (("input", "output"), ("prompt", "completion"))
+GENERATION_TAG = re.compile(
+    r"\{%-?\s*generation\s*-?%\}"
+)  # transformers' mark around what the assistant says
+SHAREGPT_ROLES = {
+    "system": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
-    "bot": "assistant",
     "model": "assistant",
     "function_call": "assistant",
-    "system": "system",
     "observation": "tool",
-    "function_response": "tool",
     "tool": "tool",
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     """Token ids and targets of equal length."""
 
@@ -49,109 +52,134 @@ class Sample:
     labels: list[int]
 
 
-@dataclass(frozen=True)
-class MarkedText:
-    """A text whose `spans` are to be learned. A template writes its special tokens itself (`templated`)."""
+class MarkedText(NamedTuple):
+    """A text and the spans of it to learn."""
 
     text: str
     spans: Sequence[Span]
-    templated: bool = False
 
 
 @dataclass
-class Counts:
-    """What happened to the samples of a data set."""
+class DataStats:
+    """What a data set holds, and what was done to make it fit."""
 
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    longest: int = 0
+    longest: int = 0  # tokens, before anything was cut
     truncated: int = 0
     split: int = 0
     dropped_long: int = 0
-    dropped_without_target: int = 0
-    formats: set[str] = field(default_factory=set)
+    dropped_no_target: int = 0
+
+    @property
+    def target_share(self) -> float:
+        """Targets among the tokens that can be one: all but the first of each sample."""
+        return self.target_tokens / max(1, self.tokens - self.samples)
+
+    def __add__(self, other: DataStats) -> DataStats:
+        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return DataStats(**sums | {"longest": max(self.longest, other.longest)})
+
+    def lines(self) -> list[str]:
+        """Sentences for a person."""
+        lines = [f"{self.target_share:.0%} of {self.tokens:,} tokens are targets"]
+        for count, what in (
+            (self.truncated, "longer than data.max_length: the end was cut off"),
+            (self.split, "longer than data.max_length: cut into pieces"),
+            (self.dropped_long, "longer than data.max_length: left out"),
+            (self.dropped_no_target, "without a target token: left out"),
+        ):
+            if count:
+                lines.append(f"{count:,} sample{'s' if count > 1 else ''} {what}")
+        if self.truncated or self.split or self.dropped_long:
+            lines.append(f"the longest sample had {self.longest:,} tokens")
+        return lines
 
 
-def detect(row: Row) -> Format:
+def detect_format(row: Row) -> Format:
     """The format that the columns of a row show.
 
     Raises:
         DataError: none that is known.
     """
     columns = row.values.keys()
-    if "input_ids" in columns:
-        return "tokens"
     if columns & {"messages", "conversations"}:
         return "messages"
-    if columns >= {"input", "output"}:
+    if "input_ids" in columns:
+        return "tokens"
+    if any(columns >= set(pair) for pair in PAIRS):
         return "completion"
     if "text" in columns:
         return "text"
     raise DataError(
-        f"{row.origin}: the columns {', '.join(map(str, columns))} are no known format; "
-        "have text, or input and output, or messages, or conversations, or input_ids and labels"
+        f"{row.origin}: the columns {', '.join(map(str, columns)) or '(none)'} are no known format; have "
+        "text, or input and output, or messages, or conversations, or input_ids and labels"
     )
 
 
 class Encoder:
-    """Turns rows into samples as `data:` says, and counts what it does."""
+    """Turns rows into samples as `data:` says.
+
+    Raises:
+        DataError: the chat template that `data.chat_template` names is not to be had.
+        ModelError: the tokenizer cannot tell which characters its tokens stand for.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, vocab_size: int) -> None:
+        require_fast(tokenizer, "this run")
         self.tokenizer = tokenizer
         self.data = data
         self.vocab_size = vocab_size
-        self.template = _template(data.chat_template, tokenizer)
-        self.counts = Counts()
+        self.template = chat_template(data.chat_template, tokenizer)
 
-    def encode(self, rows: Sequence[Row], format: Format) -> Iterator[Sample]:
-        """Samples of a batch of rows of one format; tokenised together, which is where the speed comes from."""
-        self.counts.formats.add(format)
-        if format == "tokens":
-            encoded = [(row, self._given(row)) for row in rows]
-        else:
-            mark = {"text": self._text, "completion": self._completion, "messages": self._messages}[format]
-            encoded = list(zip(rows, self._tokenise([mark(row) for row in rows]), strict=True))
-        for row, sample in encoded:
-            for piece in self._fitted(row, sample):
-                if all(label == IGNORED for label in piece.labels):
-                    self.counts.dropped_without_target += 1
-                    continue
-                self._count(piece)
-                yield piece
+    def learns_all(self, format: Format) -> bool:
+        """Whether every token of this format should be a target, or is what its labels say."""
+        return self.data.train_on == "all" or format in ("text", "tokens")
 
-    def check_share(self, name: str) -> None:
-        """Compare the share of target tokens with what `train_on` says.
+    def encode(self, rows: Sequence[Row], format: Format, stats: DataStats) -> Iterator[Sample]:
+        """The samples of rows of one format, counted in `stats`. Many rows at once is what makes it fast.
 
         Raises:
-            DataError: nothing is a target, or everything where only the answers should be.
+            DataError: a row does not have the format, is too long, or holds a token outside the vocabulary.
         """
-        counts, train_on = self.counts, self.data.train_on
-        if counts.target_tokens == 0:
-            raise DataError(
-                f"{name}: 0 % of the tokens are targets ({counts.dropped_without_target} samples have none); check "
-                "data.train_on, data.max_length and that the answers are not empty"
-            )
-        everything = counts.target_tokens == counts.tokens - counts.samples
-        if everything and train_on in ("completion", "assistant"):
-            raise DataError(
-                f"{name}: 100 % of the tokens are targets, but data.train_on={train_on} says that only the answers "
-                "are; give prompts to the samples, or set data.train_on=all"
-            )
+        samples = map(self._labelled, rows) if format == "tokens" else self._tokenised(rows, format)
+        for row, sample in zip(rows, samples, strict=True):
+            self._check_vocabulary(row, sample)
+            stats.longest = max(stats.longest, len(sample.input_ids))
+            for piece in self._fitted(row, sample, stats):
+                targets = len(piece.labels) - piece.labels.count(IGNORE)
+                if targets == 0:
+                    stats.dropped_no_target += 1
+                    continue
+                stats.samples += 1
+                stats.tokens += len(piece.input_ids)
+                stats.target_tokens += targets
+                yield piece
 
-    # -- formats -----------------------------------------------------------------------------------------------
+    # -- a row to a marked text ----------------------------------------------------------------------------
+
+    def _marked(self, format: Format) -> Callable[[Row], MarkedText]:
+        return {"text": self._text, "completion": self._completion, "messages": self._messages}[format]
 
     def _text(self, row: Row) -> MarkedText:
-        if self.data.train_on in ("completion", "assistant"):
+        train_on = self.data.train_on
+        if train_on in ("completion", "assistant"):
             raise DataError(
-                f"{row.origin}: a {{text}} sample has no {self.data.train_on}, so 100 % of its tokens would be "
-                f"targets against data.train_on={self.data.train_on}; set data.train_on=all"
+                f"{row.origin}: a text has no {train_on} of its own, 100 % of its tokens would be targets "
+                f"against data.train_on={train_on}; set data.train_on to auto or all"
             )
         text = _string(row, "text")
         return MarkedText(text, [(0, len(text))])
 
     def _completion(self, row: Row) -> MarkedText:
-        prompt, answer = _string(row, "input"), _string(row, "output")
+        names = next((pair for pair in PAIRS if pair[0] in row.values), PAIRS[0])
+        if "instruction" in row.values:
+            raise DataError(
+                f"{row.origin}: the column instruction would be ignored; write it into {names[0]}, "
+                "or have messages"
+            )
+        prompt, answer = (_string(row, name) for name in names)
         start = 0 if self.data.train_on == "all" else len(prompt)
         return MarkedText(prompt + answer, [(start, len(prompt) + len(answer))])
 
@@ -161,124 +189,240 @@ class Encoder:
                 f"{row.origin}: a conversation needs a chat template and the tokenizer has none; set "
                 "data.chat_template to chatml, a file, or a Jinja template"
             )
-        messages, tools = _conversation(row), _tools(row)
-        text = self._render(row, messages, tools)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        conversation = Conversation(row, _messages(row), _tools(row), self.template, self.tokenizer)
         if self.data.train_on == "all":
-            return MarkedText(text, [(0, len(text))], templated=True)
-        if self.data.train_on == "completion":
-            turns = turns[-1:]
-        return MarkedText(text, [self._turn(row, messages, tools, text, index) for index in turns], templated=True)
+            return MarkedText(conversation.text, [(0, len(conversation.text))])
+        spans = conversation.assistant_spans()
+        return MarkedText(conversation.text, spans[-1:] if self.data.train_on == "completion" else spans)
 
-    def _turn(self, row: Row, messages: list[dict[str, Any]], tools: Any, text: str, index: int) -> Span:
-        """Where one assistant turn lies in the rendered text, found by rendering up to it and with it."""
-        before = self._render(row, messages[:index], tools, prompt=True)
-        with_it = text if index == len(messages) - 1 else self._render(row, messages[: index + 1], tools)
-        if not (with_it.startswith(before) and text.startswith(with_it)):
-            raise DataError(
-                f"{row.origin}: the chat template renders message {index + 1} otherwise once others follow, so its "
-                "tokens cannot be told apart; train on the last answer alone (data.train_on=completion, one answer "
-                "per sample), or set data.chat_template"
-            )
-        return len(before), len(with_it)
+    # -- to tokens -----------------------------------------------------------------------------------------
 
-    def _render(self, row: Row, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
-        import jinja2
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
-                )
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise DataError(f"{row.origin}: the chat template refuses this conversation: {error}") from error
-
-    def _given(self, row: Row) -> Sample:
-        ids = _integers(row, "input_ids")
-        labels = _integers(row, "labels") if "labels" in row.values else list(ids)
-        if len(ids) != len(labels):
-            raise DataError(f"{row.origin}: {len(ids)} input_ids but {len(labels)} labels")
-        wrong = [token for token in ids if not 0 <= token < self.vocab_size]
-        wrong += [token for token in labels if token != IGNORED and not 0 <= token < self.vocab_size]
-        if wrong:
-            raise DataError(f"{row.origin}: token {wrong[0]} is outside the vocabulary of {self.vocab_size}")
-        return _sample(ids, labels)
-
-    # -- tokens ------------------------------------------------------------------------------------------------
-
-    def _tokenise(self, texts: Sequence[MarkedText]) -> Iterator[Sample]:
-        end = self.tokenizer.eos_token_id
-        templated = texts[0].templated
+    def _tokenised(self, rows: Sequence[Row], format: Format) -> Iterator[Sample]:
+        templated = format == "messages"  # a chat template writes all special tokens itself
+        marked = [*map(self._marked(format), rows)]
         encoded = self.tokenizer(
-            [marked.text for marked in texts],
+            [text for text, _ in marked],
             add_special_tokens=not templated,
-            return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,
         )
-        for marked, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            labels = [
-                token if _reaches_into(offset, marked.spans) else IGNORED
-                for token, offset in zip(ids, offsets, strict=True)
-            ]
-            if not templated and end is not None:
-                closed = bool(ids) and ids[-1] == end  # by a tokenizer that ends every text itself
-                ids, labels = [*ids[: len(ids) - closed], end], [*labels[: len(labels) - closed], end]
-            yield _sample(ids, labels)
+        for index, (text, spans) in enumerate(marked):
+            ids: list[int] = encoded["input_ids"][index]
+            labels = [IGNORE] * len(ids)
+            for span in spans:
+                begin, end = _token_range(encoded, index, span, len(text), len(ids))
+                labels[begin:end] = ids[begin:end]
+            if text and not templated:
+                self._close(ids, labels)
+            labels[:1] = [IGNORE] * len(labels[:1])
+            yield Sample(ids, labels)
 
-    def _fitted(self, row: Row, sample: Sample) -> Iterator[Sample]:
-        """The sample, or what `long_samples` makes of one that is too long."""
-        limit, length, counts = self.data.max_length, len(sample.input_ids), self.counts
-        if length < 2:
-            counts.dropped_without_target += 1
-        elif length <= limit:
+    def _close(self, ids: list[int], labels: list[int]) -> None:
+        """End the text with a learned end of text, unless the tokenizer has ended it already."""
+        end = self.tokenizer.eos_token_id
+        if not isinstance(end, int):
+            return
+        if ids[-1] != end:
+            ids.append(end)
+            labels.append(end)
+        labels[-1] = end
+
+    def _labelled(self, row: Row) -> Sample:
+        ids = _integers(row, "input_ids")
+        labels = _integers(row, "labels") if "labels" in row.values else [*ids]
+        if len(ids) != len(labels):
+            raise DataError(f"{row.origin}: {len(ids)} input_ids but {len(labels)} labels")
+        if 0 in row.values.get("attention_mask", ()):
+            raise DataError(f"{row.origin}: the attention_mask hides tokens; have samples without padding")
+        return Sample(ids, [IGNORE] * len(labels[:1]) + labels[1:])
+
+    def _check_vocabulary(self, row: Row, sample: Sample) -> None:
+        size, targets = self.vocab_size, (label for label in sample.labels if label != IGNORE)
+        if sample.input_ids and (min(sample.input_ids) < 0 or max(sample.input_ids) >= size):
+            wrong = next(token for token in sample.input_ids if not 0 <= token < size)
+            raise DataError(
+                f"{row.origin}: token {wrong} lies outside the model's vocabulary, 0 to {size - 1}"
+            )
+        wrong_label = next((label for label in targets if not 0 <= label < size), None)
+        if wrong_label is not None:
+            raise DataError(f"{row.origin}: label {wrong_label} is neither -100 nor from 0 to {size - 1}")
+
+    def _fitted(self, row: Row, sample: Sample, stats: DataStats) -> Iterator[Sample]:
+        """The sample, or what `data.long_samples` makes of one that is longer than `data.max_length`."""
+        limit, length, action = self.data.max_length, len(sample.input_ids), self.data.long_samples
+        if length <= limit:
             yield sample
-        elif self.data.long_samples == "truncate":
-            counts.truncated += 1
+        elif action == "truncate":
+            stats.truncated += 1
             yield Sample(sample.input_ids[:limit], sample.labels[:limit])
-        elif self.data.long_samples == "drop":
-            counts.dropped_long += 1
-        elif self.data.long_samples == "split":
-            counts.split += 1
-            # Pieces share one token: it is the last target of one and the first input of the next.
+        elif action == "drop":
+            stats.dropped_long += 1
+        elif action == "split":
+            stats.split += 1
+            # Pieces share a token, last target of one and first input of the next: none is lost or doubled.
             for start in range(0, length - 1, limit - 1):
-                yield _sample(sample.input_ids[start : start + limit], sample.labels[start : start + limit])
+                stop = start + limit
+                yield Sample(sample.input_ids[start:stop], [IGNORE, *sample.labels[start + 1 : stop]])
         else:
             raise DataError(
-                f"{row.origin}: the sample has {length} tokens, more than data.max_length={limit}; raise it, or set "
-                "data.long_samples to truncate, split or drop"
+                f"{row.origin}: the sample has {length} tokens, more than data.max_length={limit}; raise "
+                "that, or set data.long_samples to truncate, split or drop"
             )
 
-    def _count(self, sample: Sample) -> None:
-        counts = self.counts
-        counts.samples += 1
-        counts.tokens += len(sample.input_ids)
-        counts.target_tokens += sum(label != IGNORED for label in sample.labels)
-        counts.longest = max(counts.longest, len(sample.input_ids))
+
+def _token_range(encoded: BatchEncoding, index: int, span: Span, text_length: int, length: int) -> Span:
+    """The tokens that reach into the characters of a span."""
+    start, stop = span
+    if start >= stop:
+        return 0, 0
+    begin = 0 if start == 0 else _token_from(encoded, index, start, stop)
+    if begin is None:
+        return 0, 0
+    after = _token_from(encoded, index, stop, text_length)
+    if after is None:
+        return begin, length
+    characters = encoded.token_to_chars(index, after)
+    return begin, after + (characters is not None and characters.start < stop)
 
 
-def _sample(ids: Sequence[int], labels: Sequence[int]) -> Sample:
-    return Sample(list(ids), [IGNORED, *labels[1:]] if labels else [])
+def _token_from(encoded: BatchEncoding, index: int, start: int, stop: int) -> int | None:
+    """The first token over a character from `start` on; a tokenizer may drop characters such as spaces."""
+    tokens = (encoded.char_to_token(index, character) for character in range(start, stop))
+    return next((token for token in tokens if token is not None), None)
 
 
-def _reaches_into(offset: Span, spans: Sequence[Span]) -> bool:
-    start, end = offset
-    return end > start and any(start < last and end > first for first, last in spans)
+# -- conversations ------------------------------------------------------------------------------------------
 
 
-def _template(setting: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def chat_template(setting: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The Jinja text that `data.chat_template` names (a built-in, a file, itself), else the tokenizer's.
+
+    Raises:
+        DataError: it is none of these, or the file is no text.
+    """
     if setting is None:
-        return tokenizer.get_chat_template() if tokenizer.chat_template else None
+        return str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
     if setting in TEMPLATES:
         return TEMPLATES[setting]
-    if "{" in setting:
+    if "{%" in setting or "{{" in setting:
         return setting
-    if not Path(setting).is_file():
+    path = Path(setting).expanduser()
+    if not path.is_file():
         raise DataError(
-            f"data.chat_template={setting} is no file, no template, and none of: {', '.join(TEMPLATES)}"
+            f"data.chat_template={setting} is no file, no Jinja template, and none of: {', '.join(TEMPLATES)}"
         )
-    return Path(setting).read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.chat_template={setting} is not UTF-8 text") from error
+
+
+class Conversation:
+    """One conversation under a chat template; `text` is the whole of it."""
+
+    def __init__(
+        self,
+        row: Row,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        template: str,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.row = row
+        self.messages = messages
+        self.tools = tools
+        self.template = template
+        self.tokenizer = tokenizer
+        self.text, self._tagged = self._render(len(messages))
+
+    def assistant_spans(self) -> list[Span]:
+        """Where the assistant speaks: what the template tags, or from the prompt for a turn to the end of it.
+
+        Raises:
+            DataError: an untagged template writes a turn otherwise once others follow.
+        """
+        if GENERATION_TAG.search(self.template):
+            return self._tagged
+        turns = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return [self._turn(index) for index in turns]
+
+    def _turn(self, index: int) -> Span:
+        before, _ = self._render(index, prompt=True)
+        through, _ = self._render(index + 1)
+        if not (self.text.startswith(through) and through.startswith(before)):
+            raise DataError(
+                f"{self.row.origin}: the chat template writes message {index + 1} otherwise once others "
+                "follow, so the assistant's turns cannot be told apart; set data.chat_template to chatml or to "
+                "one that marks them with {% generation %}, or data.train_on to all"
+            )
+        return len(before), len(through)
+
+    def _render(self, count: int, *, prompt: bool = False) -> tuple[str, list[Span]]:
+        """The first `count` messages as text, and the tagged spans of it."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tagged = bool(GENERATION_TAG.search(self.template))
+        render: Any = render_jinja_template  # (annotated as returning a str)
+        try:
+            texts, spans = render(
+                [[*self.messages[:count]]],
+                tools=self.tools,
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=tagged,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # (a template is a program: it may raise anything)
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self.row.origin}: the chat template fails on this row: {reason}") from error
+        return texts[0], spans[0] if tagged else []
+
+
+def _messages(row: Row) -> list[dict[str, Any]]:
+    """The turns with the roles of the transformers templates; `system` may stand beside ShareGPT's turns."""
+    name = "messages" if "messages" in row.values else "conversations"
+    turns = _column(row, name)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{row.origin}: {name} must be a list of turns, with at least one")
+    messages = [_message(row, turn) for turn in turns]
+    system = row.values.get("system")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _string(row, "system")})
+    return messages
+
+
+def _message(row: Row, written: Any) -> dict[str, Any]:
+    if not isinstance(written, Mapping):
+        raise DataError(f"{row.origin}: a turn must be an object, not {type(written).__name__}")
+    # Parquet fills absent keys with null.
+    turn = {str(key): value for key, value in written.items() if value is not None}
+    if "from" in turn:
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise DataError(f"{row.origin}: from={turn['from']!r} is none of {', '.join(SHAREGPT_ROLES)}")
+        turn = {"role": SHAREGPT_ROLES[turn.pop("from")], "content": turn.pop("value", None), **turn}
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str):
+        raise DataError(f"{row.origin}: a turn must have a role and a content (or from and value)")
+    if isinstance(content, str):
+        _check_characters(row, "a turn", content)
+    elif not isinstance(content, list) and not turn.get("tool_calls"):
+        raise DataError(f"{row.origin}: the content of a turn must be text, not {type(content).__name__}")
+    return turn
+
+
+def _tools(row: Row) -> list[Mapping[str, Any]] | None:
+    """The tools of a row, in the form {"type": "function", "function": {...}} that templates expect."""
+    tools = row.values.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "null")
+        except ValueError as error:
+            raise DataError(f"{row.origin}: tools is text but not JSON: {error}") from error
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{row.origin}: tools must be a list of objects")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 # -- columns ------------------------------------------------------------------------------------------------
@@ -286,7 +430,8 @@ def _template(setting: str | None, tokenizer: PreTrainedTokenizerBase) -> str | 
 
 def _column(row: Row, name: str) -> Any:
     if name not in row.values:
-        raise DataError(f"{row.origin}: the column {name} is missing")
+        columns = ", ".join(map(str, row.values)) or "none"
+        raise DataError(f"{row.origin}: the column {name} is missing; the row has {columns}")
     return row.values[name]
 
 
@@ -294,49 +439,24 @@ def _string(row: Row, name: str) -> str:
     value = _column(row, name)
     if not isinstance(value, str):
         raise DataError(f"{row.origin}: {name} must be text, not {type(value).__name__}")
-    return _encodable(row, name, value)
-
-
-def _encodable(row: Row, name: str, value: str) -> str:
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{row.origin}: {name} holds half of a surrogate pair, which is no character")
+    _check_characters(row, name, value)
     return value
+
+
+def _check_characters(row: Row, name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write it: "\ud83d"
+        raise DataError(
+            f"{row.origin}: {name} holds half of a surrogate pair, which is no character"
+        ) from error
 
 
 def _integers(row: Row, name: str) -> list[int]:
     value = _column(row, name)
-    items = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(items, list) or any(type(item) is not int for item in items):
+    items = (
+        value.tolist() if hasattr(value, "tolist") else value
+    )  # rows of a data set in numpy or torch format
+    if not isinstance(items, list) or not {*map(type, items)} <= {int}:
         raise DataError(f"{row.origin}: {name} must be a list of whole numbers")
     return items
-
-
-def _conversation(row: Row) -> list[dict[str, Any]]:
-    name = "messages" if "messages" in row.values else "conversations"
-    turns = _column(row, name)
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.origin}: {name} must be a list of turns, with at least one")
-    return [_message(row, turn) for turn in turns]
-
-
-def _message(row: Row, turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, Mapping):
-        raise DataError(f"{row.origin}: a turn must be an object, not {type(turn).__name__}")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in _ROLES:
-        raise DataError(f"{row.origin}: the role {role!r} is none of {', '.join(_ROLES)}")
-    if not isinstance(content, str) and not turn.get("tool_calls"):
-        raise DataError(f"{row.origin}: the content of a turn must be text, not {type(content).__name__}")
-    rest = {key: value for key, value in turn.items() if key not in ("role", "from", "content", "value")}
-    text = _encodable(row, "a turn", content) if isinstance(content, str) else ""
-    return {"role": _ROLES[role], "content": text, **rest}
-
-
-def _tools(row: Row) -> Any:
-    tools = row.values.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{row.origin}: tools is text but not JSON: {error.msg}") from error
-    return tools or None

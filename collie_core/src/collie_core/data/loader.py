@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from collie_core.data.dataset import SourceRange, TokenizedDataset
 
-IGNORED = -100  # a label that is no target; the default of torch's cross_entropy
+IGNORE = -100  # a label that is no target; the default of torch's cross_entropy
 
 
 @dataclass
 class Batch:
-    """A micro-batch: what one forward of one rank sees. Padding is on the right, without an attention mask."""
+    """A micro-batch: what one forward of one rank sees. Padded on the right, without an attention mask."""
 
     input_ids: Tensor  # [B, L] int64
     labels: Tensor  # [B, L] int64, the target AT each position; -100: none
@@ -44,7 +44,7 @@ class Batch:
     @property
     def target_tokens(self) -> int:
         """The number of positions with a target."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
@@ -118,7 +118,7 @@ def _random_bits(seed: int, epoch: int) -> np.random.Philox:
 
 
 def _permutation(bits: np.random.Philox, size: int) -> NDArray[np.int64]:
-    # numpy keeps the raw bits of a generator the same in every version; of its `permutation` it does not say so.
+    # numpy keeps the raw bits of a generator the same in every version; its `permutation` it does not.
     order: NDArray[np.int64] = np.argsort(bits.random_raw(size), kind="stable")
     return order
 
@@ -267,7 +267,7 @@ def collate(rows: Sequence[Sequence[Any]], *, pad_token_id: int, packing: bool) 
     """
     width = max(1, max(sum(len(sample["input_ids"]) for sample in row) for row in rows))
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
     for index, row in enumerate(rows):
         end = 0
@@ -329,7 +329,9 @@ def _compare(model: nn.Module, found: Tensor, expected: Tensor) -> None:
 
 def _cannot_pack(model: nn.Module, reason: str) -> ModelError:
     family = getattr(model.config, "model_type", type(model).__name__)
-    return ModelError(f"the {family} model does not keep packed samples apart: {reason}; set data.packing=false")
+    return ModelError(
+        f"the {family} model does not keep packed samples apart: {reason}; set data.packing=false"
+    )
 
 
 def _chunks(rows: list[list[int]], size: int) -> list[list[list[int]]]:

@@ -1,6 +1,6 @@
 """Files and hub data sets as rows, each with its origin for the error sentence.
 
-Values are handed on exactly as written: nothing is coerced, guessed or filled in. JSON and text are read here, since
+Values are handed on as written: nothing is coerced, guessed or filled in. JSON and text are read here, since
 only that gives the file and line of what is broken; CSV, parquet and the hub go through `datasets`.
 """
 
@@ -59,7 +59,10 @@ class Source:
         else:
             read, path = READERS[self.path.suffix.lower()], self.path
             rows = _sliced(lambda: read(path), self.config.split, self.name)
-        first = next(rows, None)
+        try:
+            first = next(rows, None)
+        except OSError as error:
+            raise DataError(f"{self.name} cannot be read: {error.strerror}") from error
         if first is None:
             where = f" in {self.config.split}" if self.config.split else ""
             raise DataError(f"{self.name} holds no rows{where}")
@@ -161,7 +164,14 @@ def _read_text(path: Path) -> Iterator[Row]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     """Every value as the text it is written with: "NA" and "007" stay what they are."""
-    return _numbered(_stream("csv", path, dtype=str, keep_default_na=False), str(path))
+    import csv
+
+    from datasets import Features, Value
+
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        names = next(csv.reader(file), [])
+    columns = Features({name: Value("string") for name in names})
+    return _numbered(_stream("csv", path, features=columns, keep_default_na=False), str(path))
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -178,7 +188,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers and lines without their ends. Only \\n ends a line: U+2028 and its like may stand in one."""
+    """Line numbers and lines without their ends. Only \\n ends a line: U+2028 and the like do not."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             line = _decode(raw, path, line=number)

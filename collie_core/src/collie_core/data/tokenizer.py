@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from collie_core.config.model import ModelConfig
     from collie_core.config.tokenizer import TokenizerConfig
 
+# ChatML, but a turn ends with the tokenizer's own end of text: the token at which generation stops.
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% set end = eos_token if eos_token else '<|im_end|>' %}"
+    "{% if tools %}{{ '<|im_start|>system\\nTools:\\n' }}"
+    "{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ end + '\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + (message.content or '') }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ '<tool_call>\\n' + (call.function or call) | tojson + '\\n</tool_call>' }}{% endfor %}"
+    "{{ end + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 
@@ -22,56 +29,73 @@ def build_tokenizer(section: TokenizerConfig, model: ModelConfig) -> PreTrainedT
     """The tokenizer that the config names.
 
     Raises:
-        ModelError: there is none in the folder or at the hub, or it cannot say where a token lies in the text.
+        ModelError: there is none in the folder or at the hub, or it does not tell where its tokens lie.
     """
     if section.type == "byte":
         return byte_tokenizer()
     name = section.name_or_path or model.model_name_or_path
     if name is None:
         raise ModelError(
-            "a model from random weights brings no tokenizer; set tokenizer.name_or_path to a folder or hub id, "
-            "or tokenizer.type to byte"
+            "a model from random weights brings no tokenizer; set tokenizer.name_or_path to a folder or hub "
+            "id, or tokenizer.type to byte"
         )
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"no tokenizer in {name}: {str(error).strip().splitlines()[0]}") from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer of {name} ({type(tokenizer).__name__}) does not tell where its tokens lie in the text, "
-            "which marking the targets needs; convert it to a tokenizer.json"
-        )
+    except Exception as error:  # (a torn tokenizer.json raises a bare Exception)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"cannot load a tokenizer from {name}: {reason}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes up an empty one without files
+        raise ModelError(f"{name} holds no tokenizer; set tokenizer.name_or_path, or tokenizer.type to byte")
+    require_fast(tokenizer, name)
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
+def require_fast(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse a tokenizer that cannot tell which characters a token stands for.
+
+    Raises:
+        ModelError: it is written in Python, without character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {name} ({type(tokenizer).__name__}) does not tell which characters its tokens "
+            "stand for, so targets cannot be marked; convert it to a tokenizer.json"
+        )
+
+
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token per UTF-8 byte, id = byte; then end of text (256) and padding (257). Chats as ChatML."""
+    """One token per UTF-8 byte, id = byte; then <eos> 256, <pad> 257, <|im_start|> 258. Chats as ChatML."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE(vocab=_byte_symbols(), merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHATML
-    return tokenizer
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def _byte_symbols() -> dict[str, int]:
     """The printable character that byte-level tokenizers write for each byte (as GPT-2's does)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    ranges = ("!", "~"), ("¡", "¬"), ("®", "ÿ")
+    printable = [byte for first, last in ranges for byte in range(ord(first), ord(last) + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {chr(byte): byte for byte in printable}
     return symbols | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to fill rows with. Which one does not matter: padding is never a target and never attended to."""
+    """An id to fill rows with. Which one is all the same: padding is never a target and never attended to."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
+        if isinstance(token_id, int):
+            return token_id
     return 0
