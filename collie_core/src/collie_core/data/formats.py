@@ -352,8 +352,8 @@ class Conversation:
         if not (self.text.startswith(through) and through.startswith(before)):
             raise DataError(
                 f"{self.row.origin}: the chat template writes message {index + 1} otherwise once others "
-                "follow, so the assistant's turns cannot be told apart; set data.chat_template to chatml or to "
-                "one that marks them with {% generation %}, or data.train_on to all"
+                "follow, so the assistant's turns cannot be told apart; set data.chat_template to chatml or "
+                "to one that marks them with {% generation %}, or data.train_on to all"
             )
         return len(before), len(through)
 

@@ -24,12 +24,13 @@ class StockFamily:
         Raises:
             ModelError: the family is unknown to transformers, or a value is refused by its config class.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         options = {key: value for key, value in raw.items() if key != "model_type"}
         try:
             return AutoConfig.for_model(self.model_type, **options)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise ModelError(f"model.config: {_first_line(error)}") from error
 
 
