@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
-from zygote import Zygote  # noqa: E402
+from zygote import Zygote
 
 
 @pytest.fixture(scope="session")

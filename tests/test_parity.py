@@ -156,8 +156,6 @@ def test_two_ranks_give_the_losses_of_one(
 ) -> None:
     one = our_losses(tiny_llama, instructions, tmp_path)
     changes = {"train__per_device_train_batch_size": 4, "parallel__zero_stage": stage, "data__packing": packing}
-    both = zygote.run(
-        __file__, "losses_on_this_rank", world_size=2, args=(tiny_llama, instructions, tmp_path, changes)
-    )
+    both = zygote.run(__file__, "losses_on_this_rank", world_size=2, args=(tiny_llama, instructions, tmp_path, changes))
     assert both[0] == both[1]
     assert largest_difference(one, both[0]) <= 1e-5

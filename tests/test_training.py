@@ -67,9 +67,15 @@ def test_train_eval_and_generate(sections: Sections, tmp_path: Path, capsys: pyt
     rows = rows_of(run)
     logged = [row for row in rows if "loss" in row]
     assert [row["step"] for row in logged] == [2, 4, 6]
-    assert {"epoch", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_time_s", "peak_memory_bytes"} <= (
-        logged[0].keys()
-    )
+    assert {
+        "epoch",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_time_s",
+        "peak_memory_bytes",
+    } <= (logged[0].keys())
     evaluated = [row for row in rows if "eval/perplexity" in row]
     assert [row["step"] for row in evaluated] == [0, 2, 4, 6]
     assert evaluated[-1]["eval/perplexity"] < evaluated[0]["eval/perplexity"]
@@ -355,5 +361,3 @@ def test_real_weights_learn_real_texts(name: str, real_data: Path, tmp_path: Pat
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
-
-

@@ -137,9 +137,7 @@ def test_an_unknown_verb_gives_the_nearest(brew: None, capsys: pytest.CaptureFix
     assert "Did you mean 'brew'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "argv", [["plugins", "--js"], ["plugins", "--chek"], ["brew", "black", "--mil", "1"]]
-)
+@pytest.mark.parametrize("argv", [["plugins", "--js"], ["plugins", "--chek"], ["brew", "black", "--mil", "1"]])
 def test_options_are_not_abbreviated(brew: None, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert _exit_of(*argv) == 2
     error = capsys.readouterr().err
@@ -160,9 +158,7 @@ def test_the_help_of_a_plugin_verb_is_its_docstring(brew: None, capsys: pytest.C
     assert "More about it" not in out
 
 
-def test_a_built_in_verb_is_not_displaced(
-    brew: None, install: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_built_in_verb_is_not_displaced(brew: None, install: Any, capsys: pytest.CaptureFixture[str]) -> None:
     groups = {"collie.commands": {"train": "rival", "brew": "rival"}}
     install("collie-rival", groups=groups, files={"rival.py": VERB.replace("return 7", "return 8")})
     assert _exit_of("--help") == 0
@@ -175,9 +171,7 @@ def test_a_built_in_verb_is_not_displaced(
 
 
 def test_a_broken_plugin_verb(install: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    install(
-        "collie-bad", groups={"collie.commands": {"bad": "bad_verb"}}, files={"bad_verb.py": "import gone"}
-    )
+    install("collie-bad", groups={"collie.commands": {"bad": "bad_verb"}}, files={"bad_verb.py": "import gone"})
     assert _exit_of("--help") == 0
     assert main(["bad"]) == 1
     assert "collie-bad 1.0: commands 'bad' (bad_verb) does not work" in capsys.readouterr().err
@@ -320,9 +314,7 @@ def test_show(bleu: None, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in out
 
 
-@pytest.mark.parametrize(
-    "argv", [["plugins", "show", "bleu", "--json"], ["plugins", "--json", "show", "bleu"]]
-)
+@pytest.mark.parametrize("argv", [["plugins", "show", "bleu", "--json"], ["plugins", "--json", "show", "bleu"]])
 def test_show_json(bleu: None, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     facts = _json(capsys, *argv)
     assert facts["capabilities"] == {"reads": "token_losses", "higher_is_better": False}

@@ -63,9 +63,7 @@ def _hooks(install: Any, code: str, dist: str = "collie-hooked", module: str = "
 # -- stage 0 ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [("optimizer", "adamw"), ("optimizer", "sgd"), ("metric", "perplexity")]
-)
+@pytest.mark.parametrize(("kind", "name"), [("optimizer", "adamw"), ("optimizer", "sgd"), ("metric", "perplexity")])
 def test_built_ins_come_through_the_entry_point_groups(kind: str, name: str) -> None:
     (point,) = [
         point
@@ -77,9 +75,7 @@ def test_built_ins_come_through_the_entry_point_groups(kind: str, name: str) -> 
         Plugins([]).find(kind, name)  # nothing is known but what metadata says
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [("optimizer", "adamw"), ("optimizer", "sgd"), ("metric", "perplexity")]
-)
+@pytest.mark.parametrize(("kind", "name"), [("optimizer", "adamw"), ("optimizer", "sgd"), ("metric", "perplexity")])
 def test_built_ins_obey_their_contract(kind: str, name: str) -> None:
     plugins = Plugins.discover()
     assert issubclass(plugins.config_model(kind, name), ComponentConfig)
@@ -98,9 +94,7 @@ def test_metadata_is_read_and_normalised(install: Any) -> None:
         },
     )
     (entry,) = [entry for entry in Plugins.discover().entries if entry.version == "2.5"]
-    assert entry == Entry(
-        "optimizer", "ada-lomo", "collie-odd-name", "2.5", "odd.pack:ADA", "an odd one", "<1,>=0.1"
-    )
+    assert entry == Entry("optimizer", "ada-lomo", "collie-odd-name", "2.5", "odd.pack:ADA", "an odd one", "<1,>=0.1")
     assert Plugins.discover().find("optimizer", "ada.LOMO") == entry
 
 
@@ -125,9 +119,7 @@ def test_the_first_installation_on_the_path_is_the_one(
     install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _swift(install, version="1.0")
-    write_distribution(
-        tmp_path / "first", "collie_swift", version="3.0", groups={"collie.metric": {"m": "m:M"}}
-    )
+    write_distribution(tmp_path / "first", "collie_swift", version="3.0", groups={"collie.metric": {"m": "m:M"}})
     monkeypatch.syspath_prepend(str(tmp_path / "first"))
     ours = [entry for entry in Plugins.discover().entries if entry.distribution == "collie-swift"]
     assert [(entry.kind, entry.version) for entry in ours] == [("metric", "3.0")]
@@ -194,11 +186,7 @@ def test_descriptions_do_not_cost_torch(install: Any, python: Any) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_descriptions_of_built_ins_do_not_cost_torch(python: Any, name: str) -> None:
-    code = (
-        STAGE_1.replace("swift_pack.impl", "collie_core.loop")
-        .replace("swift", name)
-        .partition("plugins.load")[0]
-    )
+    code = STAGE_1.replace("swift_pack.impl", "collie_core.loop").replace("swift", name).partition("plugins.load")[0]
     assert python(code).stdout.splitlines()[2:] == [""]
 
 
@@ -206,9 +194,7 @@ def test_descriptions_of_built_ins_do_not_cost_torch(python: Any, name: str) -> 
 
 
 @pytest.mark.parametrize("through", ["argument", "environment"])
-def test_blocked_distributions_are_not_imported(
-    install: Any, monkeypatch: pytest.MonkeyPatch, through: str
-) -> None:
+def test_blocked_distributions_are_not_imported(install: Any, monkeypatch: pytest.MonkeyPatch, through: str) -> None:
     _hooks(install, "raise AssertionError('imported')\n", dist="Collie_Hooked")
     if through == "environment":
         monkeypatch.setenv("COLLIE_BLOCK", "other, collie.hooked ,")
@@ -221,9 +207,7 @@ def test_blocked_distributions_are_not_imported(
 
 def test_a_blocked_component_says_so(install: Any) -> None:
     _swift(install)
-    with pytest.raises(
-        PluginError, match=r"'swift' is in collie-swift 1\.0, which is blocked by COLLIE_BLOCK"
-    ):
+    with pytest.raises(PluginError, match=r"'swift' is in collie-swift 1\.0, which is blocked by COLLIE_BLOCK"):
         Plugins.discover(["collie-swift"]).find("optimizer", "swift")
 
 
@@ -243,10 +227,7 @@ def test_a_name_given_twice_is_an_error_only_when_asked_for(install: Any) -> Non
         plugins.find("optimizer", "swift")
     assert "collie-swift:swift (version 1.0" in str(caught.value)
     assert "collie-swift-too:swift (version 1.0" in str(caught.value)
-    assert (
-        plugins.state(plugins.find("optimizer", "collie-swift:swift"))
-        == "ambiguous: write collie-swift:swift"
-    )
+    assert plugins.state(plugins.find("optimizer", "collie-swift:swift")) == "ambiguous: write collie-swift:swift"
 
 
 def test_an_ambiguous_name_is_built_by_its_full_name(install: Any) -> None:
@@ -336,9 +317,7 @@ def test_the_fix_is_the_authors_hint_or_names_what_is_missing(install: Any) -> N
     with pytest.raises(PluginError, match=r"fix: pip install 'collie-one\[fast\]'"):
         plugins.load("metric", "one")
     install("collie-two", groups={"collie.metric": {"two": "two:T"}}, files={"two.py": "import tritonish"})
-    with pytest.raises(
-        PluginError, match="fix: install the package that provides 'tritonish', or pip install"
-    ):
+    with pytest.raises(PluginError, match="fix: install the package that provides 'tritonish', or pip install"):
         Plugins.discover().load("metric", "two")
 
 
@@ -562,9 +541,7 @@ def test_a_substitution_is_logged_in_one_line(
     assert "substituted by hooks of collie-hooked:main" in line
 
 
-def test_a_wrapper_that_substitutes_nothing_is_not_logged(
-    install: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_wrapper_that_substitutes_nothing_is_not_logged(install: Any, caplog: pytest.LogCaptureFixture) -> None:
     _swift(install)
     plugins = _hooks(install, WRAP)
     with caplog.at_level(logging.INFO, "collie"):
@@ -575,9 +552,7 @@ def test_a_wrapper_that_substitutes_nothing_is_not_logged(
 def test_a_failing_build_names_the_plugin(install: Any) -> None:
     plugins = _one(install, "metric", 'build="one_pack:T"', "def T(): raise KeyError('vocab')")
     section = plugins.config_model("metric", "one")(type="one")
-    with pytest.raises(
-        PluginError, match=r"collie-one 1\.0: metric 'one' .* could not be built: KeyError: 'vocab'"
-    ):
+    with pytest.raises(PluginError, match=r"collie-one 1\.0: metric 'one' .* could not be built: KeyError: 'vocab'"):
         plugins.build("metric", "one", config=section)
 
 
@@ -670,9 +645,7 @@ def test_the_same_callback_twice_is_refused() -> None:
 def test_check_covers_every_kind(install: Any) -> None:
     _swift(install)
     _hooks(install, "@hookimpl\ndef collie_nothing(): ...")
-    install(
-        "collie-verb", groups={"collie.commands": {"verb": "verb"}}, files={"verb.py": "def run(args): ..."}
-    )
+    install("collie-verb", groups={"collie.commands": {"verb": "verb"}}, files={"verb.py": "def run(args): ..."})
     plugins = Plugins.discover()
     plugins.check(plugins.find("optimizer", "swift"))
     with pytest.raises(PluginError, match="collie_nothing"):

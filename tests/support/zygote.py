@@ -64,7 +64,8 @@ class Zygote:
         results, logs = pickle.load(self.process.stdout)  # noqa: S301  (our own child)
         if any(code != 0 for code, _ in results):
             said = "\n".join(
-                f"--- rank {rank} (exit {code})\n{log}" for rank, ((code, _), log) in enumerate(zip(results, logs, strict=True))
+                f"--- rank {rank} (exit {code})\n{log}"
+                for rank, ((code, _), log) in enumerate(zip(results, logs, strict=True))
             )
             raise RanksFailed(f"{function} on {world_size} ranks:\n{said}")
         return [value for _, value in results]

@@ -56,7 +56,7 @@ _HOME = {
     "hookimpl": "plugins",
 }
 
-__all__ = [  # noqa: RUF022  (the same order as above)
+__all__ = [
     "Adapter",
     "Batch",
     "Can",

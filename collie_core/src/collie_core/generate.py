@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -44,7 +43,7 @@ def generate(
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        output = model.generate(
+        output = cast(Any, model).generate(
             ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
@@ -71,15 +70,14 @@ def load_for_generation(
     from collie_core.config.model import ModelConfig
     from collie_core.config.tokenizer import TokenizerConfig
     from collie_core.data.tokenizer import build_tokenizer
-    from collie_core.model.build import architecture, build_model, compute_dtype
+    from collie_core.model.build import compute_dtype, load_pretrained
     from collie_core.plugins import Plugins
 
     section = ModelConfig(model_name_or_path=folder, trust_remote_code=trust_remote_code)
     tokenizer = build_tokenizer(TokenizerConfig(), section)
-    family, config = architecture(section, Plugins.discover(), tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config.dtype = compute_dtype("auto", device)
-    return build_model(family, config, folder).to(device), tokenizer  # type: ignore[arg-type]
+    model = load_pretrained(section, Plugins.discover(), tokenizer, compute_dtype("auto", device))
+    return cast("PreTrainedModel", model.to(device)), tokenizer
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:
@@ -109,7 +107,10 @@ def sample_texts(
     cuts = [_first_turn(sample["input_ids"], sample["labels"]) for sample in samples[:count]]
     longest = max(len(target) for _, target in cuts)
     predictions = generate(model, tokenizer, [prompt for prompt, _ in cuts], max_new_tokens=longest)
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
     return [
         SampleText(decode(prompt), decode(target), decode(prediction))
         for (prompt, target), prediction in zip(cuts, predictions, strict=True)

@@ -81,6 +81,9 @@ class Adapter(Protocol):
     def save(self, model: nn.Module, path: Path) -> None:
         """Write the adapter alone, in the peft format."""
 
+    def load(self, model: nn.Module, path: Path) -> nn.Module:
+        """Put a saved adapter onto its base model, for evaluation and generation."""
+
 
 class Metric(Protocol):
     """A number over an evaluation set. `merge` is associative: any split of the samples gives the same."""

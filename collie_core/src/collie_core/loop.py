@@ -20,8 +20,7 @@ from collie_core.hookspecs import Run
 from collie_core.model.export import save_pretrained, write_folder
 from collie_core.parts import EvalFn, HandedIn, Parts
 from collie_core.plugins import check_agreement
-from collie_core.report import standard_observers
-from collie_core.report import prepare_run_directory, refuse_used_directory, run_facts
+from collie_core.report import prepare_run_directory, refuse_used_directory, run_facts, standard_observers
 from collie_core.report.meter import Meter
 
 if TYPE_CHECKING:

@@ -16,15 +16,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from collie_core.config.rules import require_parts
 from collie_core.data.dataset import TokenizedDataset, prepare_dataset
+from collie_core.data.formats import chat_template
 from collie_core.data.loader import Batch, Loader, check_packing, eval_batches
 from collie_core.data.tokenizer import build_tokenizer, padding_id
 from collie_core.engine.step import LossFn, Step, TorchStep, TrainFn, autocast, token_mean_loss
-from collie_core.model.build import architecture, check_length, compute_dtype, parameter_counts
+from collie_core.model.build import check_length, compute_dtype, load_pretrained, parameter_counts
 from collie_core.optimizers.build import parameter_groups, schedule
 from collie_core.topology import Topology
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from collie_core.config.run import RunConfig
 
@@ -61,8 +62,11 @@ class Parts:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer."""
-        return self.given.tokenizer or build_tokenizer(self.config.tokenizer, self.config.model)
+        """The tokenizer, with the chat template of the run, so that it is exported with the model."""
+        tokenizer = self.given.tokenizer or build_tokenizer(self.config.tokenizer, self.config.model)
+        if self.config.data.chat_template is not None:
+            tokenizer.chat_template = chat_template(self.config.data.chat_template, tokenizer)
+        return tokenizer
 
     @cached_property
     def model(self) -> nn.Module:
@@ -72,18 +76,14 @@ class Parts:
 
     def _new_model(self) -> nn.Module:
         section, adapter = self.config.model, self.config.adapter
-        family, config = architecture(section, self.registry, self.tokenizer)
-        check_length(config, self.config.data.max_length)
-        config.dtype = torch.float32
-        config._attn_implementation = section.attn_implementation
         torch.manual_seed(self.config.train.seed)
-        weights = section.model_name_or_path
-        model = cast("PreTrainedModel", self.registry.build_target("model", family, config=config, weights=weights))
+        model: Any = load_pretrained(section, self.registry, self.tokenizer, torch.float32)
+        check_length(model.config, self.config.data.max_length)
         if section.gradient_checkpointing == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if adapter is None:
-            return model
-        return cast(nn.Module, self.registry.build("adapter", adapter.type, model=model, config=adapter))
+        if adapter is not None:
+            model = self.registry.build("adapter", adapter.type, model=model, config=adapter)
+        return cast(nn.Module, model)
 
     @cached_property
     def parameter_counts(self) -> tuple[int, int]:
@@ -138,8 +138,6 @@ class Parts:
     def loader(self) -> Loader:
         """The training samples as one `StepBatch` per optimizer step."""
         data = self.config.data
-        if data.packing:
-            check_packing(self.model)
         return Loader(
             self.train_dataset,
             samples_per_step=self.global_batch_size,
@@ -170,6 +168,8 @@ class Parts:
     @cached_property
     def step(self) -> Step:
         """The engine: built when training starts, since DeepSpeed takes over the model it is given."""
+        if self.config.data.packing:
+            check_packing(self.model, rows=self.micro_batch_size)
         optimizer = self._optimizer()
         scheduler = self._scheduler(optimizer)
         stage, max_grad_norm = self.config.parallel.zero_stage, self.config.train.max_grad_norm
@@ -179,9 +179,7 @@ class Parts:
             "train_fn": self.given.train_fn,
         }
         if stage == 0:
-            return TorchStep(
-                self.model, optimizer, scheduler, dtype=self.dtype, max_grad_norm=max_grad_norm, **shared
-            )
+            return TorchStep(self.model, optimizer, scheduler, dtype=self.dtype, max_grad_norm=max_grad_norm, **shared)
         from collie_core.engine.deepspeed_step import DeepSpeedStep, deepspeed_config
 
         config = deepspeed_config(

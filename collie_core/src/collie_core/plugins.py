@@ -42,6 +42,8 @@ from collie_core.hookspecs import (
 if TYPE_CHECKING:
     import pluggy
 
+    hookimpl = pluggy.HookimplMarker("collie")  # at run time through __getattr__ below
+
     from collie_core.config.base import ComponentConfig
     from collie_core.topology import Topology
 
@@ -105,9 +107,7 @@ class Entry:
     def incompatible(self) -> str:
         """Why this core cannot use the entry, from metadata alone; "" when it can."""
         if f"collie.{self.kind}" not in GROUPS:
-            return (
-                f"the entry-point group 'collie.{self.kind}' is unknown; the groups are {', '.join(GROUPS)}"
-            )
+            return f"the entry-point group 'collie.{self.kind}' is unknown; the groups are {', '.join(GROUPS)}"
         return _unmet_requirement(self.requires_core) if self.requires_core else ""
 
 
@@ -364,9 +364,7 @@ class Plugins:
         if pack and short == normalise(name):
             return f"{kind} {name!r} is in {pack}, which is not installed: pip install {pack}"
         elsewhere = sorted({entry.kind for entry in self.entries if entry.name == short} - {kind})
-        known = {
-            entry.qualified if ":" in name else entry.name for entry in self.entries if entry.kind == kind
-        }
+        known = {entry.qualified if ":" in name else entry.name for entry in self.entries if entry.kind == kind}
         advice = near(normalise(name), known if ":" in name else known | self._catalogued(kind))
         if elsewhere:
             advice = f" It is the name of a plugin of another kind: {', '.join(elsewhere)}."
@@ -518,9 +516,7 @@ def _matching(entries: Iterable[Entry], kind: str, name: str) -> list[Entry]:
     distribution, _, short = name.rpartition(":")
     wanted, origin = normalise(short), normalise(distribution)
     return [
-        entry
-        for entry in entries
-        if entry.kind == kind and entry.name == wanted and origin in ("", entry.distribution)
+        entry for entry in entries if entry.kind == kind and entry.name == wanted and origin in ("", entry.distribution)
     ]
 
 
@@ -686,9 +682,7 @@ def _register(manager: pluggy.PluginManager, plugin: object, name: str | None) -
         manager.register(plugin, name)
         manager.check_pending()
     except (PluginValidationError, ValueError) as error:  # ValueError: registered already
-        unknown = [
-            hook for hook in vars(manager.hook) if hook.startswith("collie_") and hook not in _HOOK_NAMES
-        ]
+        unknown = [hook for hook in vars(manager.hook) if hook.startswith("collie_") and hook not in _HOOK_NAMES]
         return f"{error}{near(unknown[0], _HOOK_NAMES) if unknown else ''}"
     return ""
 

@@ -129,9 +129,7 @@ def test_an_adapter_needs_no_learning_rate(install: Any) -> None:
 def test_a_metric_that_reads_something_else_is_refused(install: Any) -> None:
     component = "from collie_core.api import Component, MetricCan\n"
     component += "BLEU = Component(build='x:y', can=MetricCan(reads='texts'))"
-    install(
-        "collie-bleu", groups={"collie.metric": {"bleu": "bleu_pack:BLEU"}}, files={"bleu_pack.py": component}
-    )
+    install("collie-bleu", groups={"collie.metric": {"bleu": "bleu_pack:BLEU"}}, files={"bleu_pack.py": component})
     assert "only metrics of the token losses" in _refused(evaluation={"evaluators": ["perplexity", "bleu"]})
 
 

@@ -131,9 +131,7 @@ def test_no_error_of_pydantic_speaks_pydantic(error: dict[str, Any]) -> None:
     kind, context = error["type"], error.get("example_context") or {}
     if kind in ("value_error", "assertion_error"):
         context = {"error": ValueError("its own words")}
-    raised = ValidationError.from_exception_data(
-        "x", [{"type": kind, "loc": ("train",), "input": 5, "ctx": context}]
-    )
+    raised = ValidationError.from_exception_data("x", [{"type": kind, "loc": ("train",), "input": 5, "ctx": context}])
     (problem,) = translate(raised, {"train": 5}, Guide(RunConfig, Plugins.discover()))
     assert "Input" not in problem.rule
     assert "pydantic.dev" not in str(problem)

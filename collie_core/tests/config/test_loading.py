@@ -175,16 +175,10 @@ def test_a_byte_order_mark_is_no_character(tmp_path: Path) -> None:
 
 
 _scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text()
-_texts = st.sampled_from(
-    ["1e-5", "yes", "no", "0o17", "1:30", "2024-01-01", "~", "", ".inf", "=", "<<", "+1e5", "0b1"]
-)
+_texts = st.sampled_from(["1e-5", "yes", "no", "0o17", "1:30", "2024-01-01", "~", "", ".inf", "=", "<<", "+1e5", "0b1"])
 
 
-@given(
-    st.dictionaries(
-        st.text(min_size=1), st.recursive(_scalars | _texts, lambda item: st.lists(item, max_size=3))
-    )
-)
+@given(st.dictionaries(st.text(min_size=1), st.recursive(_scalars | _texts, lambda item: st.lists(item, max_size=3))))
 def test_what_is_written_reads_back(data: dict[str, Any]) -> None:
     data.pop("<<", None)
     text = dump(data)

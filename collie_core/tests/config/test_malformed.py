@@ -172,11 +172,7 @@ def test_not_utf_8(tmp_path: Path, capsys: Any, position: int, rubbish: bytes) -
 
 
 @many
-@given(
-    st.text(
-        alphabet=st.characters(codec="utf-8") | st.sampled_from("{}[]:-&*!|>'\"%@`#,?\n\t "), max_size=200
-    )
-)
+@given(st.text(alphabet=st.characters(codec="utf-8") | st.sampled_from("{}[]:-&*!|>'\"%@`#,?\n\t "), max_size=200))
 def test_any_text(tmp_path: Path, capsys: Any, text: str) -> None:
     _check(text, tmp_path, capsys)
 
@@ -204,9 +200,7 @@ _values = st.recursive(
 
 @settings(many, max_examples=300)
 @given(
-    st.dictionaries(
-        st.sampled_from([*RunConfig.model_fields, "learning_rate", "bf16", "optim"]), _values, min_size=1
-    )
+    st.dictionaries(st.sampled_from([*RunConfig.model_fields, "learning_rate", "bf16", "optim"]), _values, min_size=1)
 )
 def test_any_values_in_the_known_sections(tmp_path: Path, capsys: Any, data: dict[str, Any]) -> None:
     _check({**data, "certainly_unknown": 1}, tmp_path, capsys, "certainly_unknown")

@@ -47,9 +47,7 @@ def test_python_and_yaml_are_the_same_door(tmp_path: Path) -> None:
 
 def test_python_raises_config_errors_too() -> None:
     with pytest.raises(ConfigError) as caught:
-        RunConfig(
-            model={"model_name_or_path": "m"}, train={"max_steps": "x", "max_stps": 1}, data={"train": 5}
-        )
+        RunConfig(model={"model_name_or_path": "m"}, train={"max_steps": "x", "max_stps": 1}, data={"train": 5})
     assert [problem.key for problem in caught.value.problems] == [
         "data.train",
         "train.max_steps",
@@ -94,10 +92,7 @@ def test_everything_written_reads_back() -> None:
 
 
 _plain = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63) + 1, 2**63 - 1)
-    | st.floats(allow_nan=False, allow_infinity=False)
+    st.none() | st.booleans() | st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 )
 _free = st.recursive(
     _plain | st.text(), lambda item: st.lists(item, max_size=3) | st.dictionaries(st.text(), item, max_size=3)
@@ -142,9 +137,7 @@ def test_it_can_be_copied_and_sent_to_another_process() -> None:
         ),
     ],
 )
-def test_any_two_sizes_decide_the_third(
-    fields: dict[str, int], ranks: int, sizes: tuple[int, int, int]
-) -> None:
+def test_any_two_sizes_decide_the_third(fields: dict[str, int], ranks: int, sizes: tuple[int, int, int]) -> None:
     config = _train(**fields)
     assert config.per_device_train_batch_size(ranks) == sizes[0]
     assert config.gradient_accumulation_steps(ranks) == sizes[1]
@@ -228,9 +221,7 @@ _WRITTEN = {
 _SIZES = ("tp", "pp", "tensor", "pipeline")  # other sizes than 1 are refused by the rules
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, alias in ALIASES.items() if not alias.target.startswith("adapter")]
-)
+@pytest.mark.parametrize("name", [name for name, alias in ALIASES.items() if not alias.target.startswith("adapter")])
 def test_names_of_other_tools(name: str, tmp_path: Path) -> None:
     written, kept = _WRITTEN.get(name, (1, 1) if name.startswith(_SIZES) else (2, 2))
     target = ALIASES[name].target
@@ -319,7 +310,8 @@ def test_sections_without_content_are_not_written() -> None:
 )
 def test_overrides(override: str, key: tuple[str | int, ...], value: Any) -> None:
     text = (
-        "parallel: {zero_stage: 1}\nmodel: {model_name_or_path: m}\ndata: {train: t, eval: [{path: e}]}\ntrain: {max_steps: 5}\n"
+        "parallel: {zero_stage: 1}\nmodel: {model_name_or_path: m}\n"
+        "data: {train: t, eval: [{path: e}]}\ntrain: {max_steps: 5}\n"
         "optimizer: {type: adamw, lr: 1}\nlr_scheduler: cosine\n"
         "evaluation: {evaluators: [{type: perplexity}]}\n"
     )

@@ -58,15 +58,11 @@ def loader(data: TokenizedDataset, **changes: Any) -> Loader:
 
 def samples_of(step: StepBatch) -> Counter[int]:
     """How many tokens of each sample a step holds."""
-    return sum(
-        (Counter(batch.input_ids[batch.input_ids != PAD].tolist()) for batch in step.micro_batches), Counter()
-    )
+    return sum((Counter(batch.input_ids[batch.input_ids != PAD].tolist()) for batch in step.micro_batches), Counter())
 
 
 def targets_of(step: StepBatch) -> Counter[int]:
-    return sum(
-        (Counter(batch.labels[batch.labels != -100].tolist()) for batch in step.micro_batches), Counter()
-    )
+    return sum((Counter(batch.labels[batch.labels != -100].tolist()) for batch in step.micro_batches), Counter())
 
 
 some_lengths = st.lists(st.integers(2, MAX_LENGTH), min_size=1, max_size=20)
@@ -134,19 +130,14 @@ def test_any_number_of_ranks_shares_the_same_global_batches(
 ) -> None:
     data = dataset(lengths)
     alone = list(loader(data, samples_per_step=step, packing=packing))
-    shares = [
-        list(loader(data, samples_per_step=step, packing=packing, rank=rank, size=size))
-        for rank in range(size)
-    ]
+    shares = [list(loader(data, samples_per_step=step, packing=packing, rank=rank, size=size)) for rank in range(size)]
     for whole, *parts in zip(alone, *shares, strict=True):
         assert sum(map(samples_of, parts), Counter()) == samples_of(whole)
         assert sum(map(targets_of, parts), Counter()) == targets_of(whole)
         assert sum(part.target_tokens for part in parts) == whole.target_tokens
         assert sum(part.tokens for part in parts) == whole.tokens
         assert {part.samples for part in parts} == {whole.samples}
-        assert (
-            len({len(part.micro_batches) for part in parts}) == 1
-        )  # so that sharded weights can be gathered
+        assert len({len(part.micro_batches) for part in parts}) == 1  # so that sharded weights can be gathered
 
 
 def test_without_shuffling_the_samples_come_in_order() -> None:
@@ -202,16 +193,12 @@ def test_packing_places_every_sample_once_in_rows_that_fit(lengths: list[int]) -
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
     filled = [sum(lengths[place] for place in row) for row in rows]
     assert all(total <= MAX_LENGTH for total in filled)
-    assert all(
-        one + other > MAX_LENGTH for one, other in itertools.combinations(filled, 2)
-    )  # no two could be one
+    assert all(one + other > MAX_LENGTH for one, other in itertools.combinations(filled, 2))  # no two could be one
 
 
 @settings(deadline=None, max_examples=40)
 @given(some_lengths, st.integers(1, 8), st.integers(1, 3))
-def test_packed_and_padded_steps_hold_the_same_samples_and_targets(
-    lengths: list[int], step: int, rows: int
-) -> None:
+def test_packed_and_padded_steps_hold_the_same_samples_and_targets(lengths: list[int], step: int, rows: int) -> None:
     data = dataset(lengths)
     options = {"samples_per_step": step, "rows_per_micro_batch": rows}
     for padded, packed in zip(loader(data, **options), loader(data, packing=True, **options), strict=True):
@@ -243,9 +230,7 @@ def test_a_padded_batch_is_as_wide_as_its_longest_row_and_has_no_positions() -> 
 
 def test_padding_is_no_target_even_with_the_id_of_a_real_one() -> None:
     sample = {"input_ids": [5, 2], "labels": [-100, 2]}
-    batch = collate(
-        [[sample], [{"input_ids": [5, 5, 2], "labels": [-100, 5, 2]}]], pad_token_id=2, packing=False
-    )
+    batch = collate([[sample], [{"input_ids": [5, 5, 2], "labels": [-100, 5, 2]}]], pad_token_id=2, packing=False)
     assert batch.target_tokens == 3
 
 
@@ -266,9 +251,7 @@ def test_a_sample_too_long_for_a_row_is_refused() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(some_lengths, st.integers(1, 6), st.integers(1, 4))
-def test_evaluation_sees_each_sample_once_over_all_ranks(
-    lengths: list[int], batch_size: int, size: int
-) -> None:
+def test_evaluation_sees_each_sample_once_over_all_ranks(lengths: list[int], batch_size: int, size: int) -> None:
     data = dataset(lengths)
     options = {"batch_size": batch_size, "pad_token_id": PAD}
     ranks = [list(eval_batches(data, rank=rank, size=size, **options)) for rank in range(size)]
@@ -303,9 +286,7 @@ FAMILIES = [("llama", {}), ("mistral", {"sliding_window": 3}), ("qwen2", {})]
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("family", "options"), FAMILIES)
-def test_families_that_keep_samples_apart_may_pack(
-    family: str, options: dict[str, Any], attention: str
-) -> None:
+def test_families_that_keep_samples_apart_may_pack(family: str, options: dict[str, Any], attention: str) -> None:
     network = model(family, attention=attention, **options).train()
     check_packing(network)
     assert network.training
@@ -333,7 +314,5 @@ def test_a_packed_sample_is_as_if_alone(family: str, options: dict[str, Any], at
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
 def test_a_family_that_lets_samples_see_each_other_is_refused(family: str) -> None:
-    with pytest.raises(
-        ModelError, match=rf"the {family} model does not keep packed samples apart.*packing=false"
-    ):
+    with pytest.raises(ModelError, match=rf"the {family} model does not keep packed samples apart.*packing=false"):
         check_packing(model(family, attention="eager"))

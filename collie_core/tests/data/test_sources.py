@@ -34,9 +34,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def test_json_lines_keep_their_values_and_know_their_lines(tmp_path: Path) -> None:
-    file = write(
-        tmp_path / "a.jsonl", '\ufeff{"x": 5}\r\n\n{"x": "5", "y": [1.0, null, true]}\n{"x": "a\u2028b"}'
-    )
+    file = write(tmp_path / "a.jsonl", '\ufeff{"x": 5}\r\n\n{"x": "5", "y": [1.0, null, true]}\n{"x": "a\u2028b"}')
     assert read(file) == [
         (f"{file}:1", {"x": 5}),
         (f"{file}:3", {"x": "5", "y": [1.0, None, True]}),
@@ -75,7 +73,7 @@ def test_rows_of_a_program_are_any_mappings() -> None:
         ("data.train row 1", {"text": "a"}),
         ("data.train row 2", {"text": "b"}),
     ]
-    with pytest.raises(DataError, match="data.train row 1: a row is an object"):
+    with pytest.raises(DataError, match=r"data\.train row 1: a row is an object"):
         list(handed_rows(["a"], "data.train"))
 
 
@@ -154,13 +152,9 @@ def test_what_is_broken_is_named(tmp_path: Path, name: str, content: str | bytes
 
 def test_a_missing_file_gives_the_nearest_names(tmp_path: Path) -> None:
     near = write(tmp_path / "train.jsonl", "{}")
-    with pytest.raises(
-        DataError, match=rf"trian\.jsonl does not exist; did you mean {re.escape(str(near))}\?"
-    ):
+    with pytest.raises(DataError, match=rf"trian\.jsonl does not exist; did you mean {re.escape(str(near))}\?"):
         read(tmp_path / "trian.jsonl")
-    with pytest.raises(
-        DataError, match=rf"its folder is missing too, only {re.escape(str(tmp_path))} is there"
-    ):
+    with pytest.raises(DataError, match=rf"its folder is missing too, only {re.escape(str(tmp_path))} is there"):
         read(tmp_path / "no" / "such" / "a.jsonl")
 
 
@@ -170,7 +164,7 @@ def test_a_folder_gives_the_files_in_it(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("split", ["test", "train[", "train[:x]", "train[10%:20]"])
+@pytest.mark.parametrize("split", ["test", "train[", "train[:x]"])
 def test_a_split_that_is_none_is_refused(tmp_path: Path, split: str) -> None:
     with pytest.raises(DataError, match=r"1 rows, all in the split train; cannot take split="):
         read(write(tmp_path / "a.jsonl", "{}"), split)
@@ -186,30 +180,27 @@ def test_a_hub_data_set_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyP
         raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        DataError, match=r"^org/stories is no file here, .*: Couldn't reach 'org/stories' on the Hub$"
-    ):
+    with pytest.raises(DataError, match=r"^org/stories is no file here, .*: Couldn't reach 'org/stories' on the Hub$"):
         read("org/stories")
 
 
 lines = st.one_of(
     st.binary(max_size=30),
-    st.dictionaries(st.text(max_size=3), st.text(max_size=5), max_size=2).map(
-        lambda row: json.dumps(row).encode()
-    ),
-    st.sampled_from(
-        [b'{"a": 1}', b'{"a": ', b"\xef\xbb\xbf", b"[]", b"NaN", b'"\\ud800"', b"{} {}", b"-", b"\x00"]
-    ),
+    st.dictionaries(st.text(max_size=3), st.text(max_size=5), max_size=2).map(lambda row: json.dumps(row).encode()),
+    st.sampled_from([b'{"a": 1}', b'{"a": ', b"\xef\xbb\xbf", b"[]", b"NaN", b'"\\ud800"', b"{} {}", b"-", b"\x00"]),
 )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
 @given(st.lists(lines, max_size=5).map(b"\n".join), st.sampled_from(["a.jsonl", "a.json", "a.txt"]))
 def test_any_bytes_are_rows_or_a_data_error(tmp_path: Path, content: bytes, name: str) -> None:
+    file = write(tmp_path / name, content)
     try:
-        rows = read(write(tmp_path / name, content))
+        rows: list[Row] | DataError = read(file)
     except DataError as error:
-        assert str(tmp_path / name) in str(error)
+        rows = error
+    if isinstance(rows, DataError):
+        assert str(file) in str(rows)
     else:
         assert rows
         assert all(isinstance(row.values, dict) for row in rows)

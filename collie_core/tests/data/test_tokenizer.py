@@ -33,9 +33,7 @@ def test_bytes_give_any_text_back(text: str) -> None:
     assert BYTES.decode(ids) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["", " a  b ", "\n\r\n\t", "😀👩‍👩‍👧", "é", "中文", "\x00\x7f", "don 't , stop ."]
-)
+@pytest.mark.parametrize("text", ["", " a  b ", "\n\r\n\t", "😀👩‍👩‍👧", "é", "中文", "\x00\x7f", "don 't , stop ."])
 def test_bytes_give_awkward_texts_back(text: str) -> None:
     assert BYTES.decode(BYTES(text)["input_ids"]) == text
 
@@ -44,9 +42,7 @@ def test_the_byte_tokenizer_can_be_saved_and_loaded(tmp_path: Path) -> None:
     BYTES.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert len(loaded) == len(BYTES) == 259
-    assert (
-        (loaded.eos_token_id, loaded.pad_token_id) == (BYTES.eos_token_id, BYTES.pad_token_id) == (256, 257)
-    )
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (BYTES.eos_token_id, BYTES.pad_token_id) == (256, 257)
     text = " naïve 😀\n"
     assert loaded(text)["input_ids"] == list(text.encode())
     assert loaded.decode(loaded(text)["input_ids"]) == text
@@ -72,15 +68,11 @@ def test_a_tokenizer_comes_from_the_named_folder_or_the_models(tmp_path: Path) -
 
 
 def test_random_weights_bring_no_tokenizer() -> None:
-    with pytest.raises(
-        ModelError, match=r"set tokenizer\.name_or_path to a folder or hub id, or tokenizer\.type to"
-    ):
+    with pytest.raises(ModelError, match=r"set tokenizer\.name_or_path to a folder or hub id, or tokenizer\.type to"):
         build_tokenizer(TokenizerConfig(), ModelConfig(config={"model_type": "llama"}))
 
 
-@pytest.mark.parametrize(
-    "files", [{}, {"tokenizer.json": "{"}, {"config.json": json.dumps({"model_type": "llama"})}]
-)
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{"}, {"config.json": json.dumps({"model_type": "llama"})}])
 def test_a_folder_without_a_tokenizer_is_one_sentence(tmp_path: Path, files: dict[str, str]) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)

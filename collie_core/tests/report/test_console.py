@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import make_run, play, row, tell
+from fake_runs import make_run, play, row, save_model, tell
 from rich.console import Console
 
 from collie_core.generate import SampleText
@@ -79,9 +79,7 @@ def test_plain_output_is_one_line_per_logged_step(tmp_path: Path) -> None:
     play([reporter], make_run(tmp_path))
     steps = [line for line in out.getvalue().splitlines() if re.match(r"step \d+/3  loss", line)]
     assert len(steps) == 3
-    assert re.fullmatch(
-        r"step 2/3  loss 2\.000  lr 3\.00e-04  12\.3 k tok/s  3\.00 GiB  eta \d+\.\d s", steps[1]
-    )
+    assert re.fullmatch(r"step 2/3  loss 2\.000  lr 3\.00e-04  12\.3 k tok/s  3\.00 GiB  eta \d+\.\d s", steps[1])
     assert "\x1b" not in out.getvalue()
     assert "\r" not in out.getvalue()
 
@@ -112,7 +110,7 @@ def test_a_prompt_that_cannot_be_typed_is_left_to_the_person(tmp_path: Path, pro
     tell([reporter], "collie_run_start", run=run)
     samples = [SampleText(prompt, "a", "b")]
     tell([reporter], "collie_evaluated", run=run, results={"eval/loss": 1.0}, samples=samples)
-    tell([reporter], "collie_checkpoint_saved", run=run, path=tmp_path / "model")
+    save_model([reporter], run)
     tell([reporter], "collie_run_end", run=run, error=None)
     assert f'collie generate "..." --model {tmp_path}/model' in out.getvalue()
     assert "\x1b" not in out.getvalue()
@@ -130,6 +128,16 @@ def test_nothing_is_promised_that_was_not_saved(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     tell([reporter], "collie_run_start", run=run)
     tell([reporter], "collie_run_end", run=run, error=None)
+    assert "collie generate" not in out.getvalue()
+
+
+def test_an_adapter_alone_is_not_offered_as_a_model(tmp_path: Path) -> None:
+    reporter, out = plain()
+    run = make_run(tmp_path)
+    tell([reporter], "collie_run_start", run=run)
+    tell([reporter], "collie_checkpoint_saved", run=run, path=tmp_path / "model")
+    tell([reporter], "collie_run_end", run=run, error=None)
+    assert f"  saved     {tmp_path}/model\n" in out.getvalue()
     assert "collie generate" not in out.getvalue()
 
 

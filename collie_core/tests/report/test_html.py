@@ -143,9 +143,7 @@ def test_it_can_be_rebuilt_from_the_files(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_bytes() == first
 
 
-@pytest.mark.parametrize(
-    "rows", [[], [{"step": 1, "loss": None}], [step_row(1)], [{"step": 0, "eval/loss": 2.0}]]
-)
+@pytest.mark.parametrize("rows", [[], [{"step": 1, "loss": None}], [step_row(1)], [{"step": 0, "eval/loss": 2.0}]])
 def test_short_runs_have_a_page(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     write_rows(tmp_path, rows)
     _, page = read(write_report(tmp_path))

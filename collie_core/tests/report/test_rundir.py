@@ -22,9 +22,7 @@ from collie_core.report.rundir import (
     refuse_used_directory,
 )
 
-TABLE = [
-    {"kind": "model", "name": "llama", "distribution": "collie-llama", "version": "0.1.0", "value": "x:y"}
-]
+TABLE = [{"kind": "model", "name": "llama", "distribution": "collie-llama", "version": "0.1.0", "value": "x:y"}]
 
 
 def config_for(folder: Path, *, overwrite: bool = False) -> Any:

@@ -42,9 +42,7 @@ def write_many(site: Path, count: int, broken: int, heavy: int) -> None:
     kinds = ("optimizer", "metric", "adapter")
     for number in range(count):
         kind, module = kinds[number % len(kinds)], f"many_pack_{number}"
-        description = (
-            f'from collie_core.api import Component\nPART = Component(build="{module}.build:Part")\n'
-        )
+        description = f'from collie_core.api import Component\nPART = Component(build="{module}.build:Part")\n'
         build = "import torch\n" if broken <= number < broken + heavy else ""
         files = {
             f"{module}/__init__.py": "import no_such_module\n" if number < broken else description,

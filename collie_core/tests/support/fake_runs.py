@@ -71,6 +71,13 @@ def row(run: Run, **changes: Any) -> dict[str, Any]:
     return values | changes
 
 
+def save_model(observers: Sequence[object], run: Run) -> None:
+    """An export of a whole model."""
+    (run.output_dir / "model").mkdir(parents=True, exist_ok=True)
+    (run.output_dir / "model" / "config.json").write_text("{}")
+    tell(observers, "collie_checkpoint_saved", run=run, path=run.output_dir / "model")
+
+
 def play(observers: Sequence[object], run: Run, error: BaseException | None = None) -> None:
     """A whole run: `max_steps` logged steps, an evaluation, an export."""
     tell(observers, "collie_run_start", run=run)
@@ -85,5 +92,5 @@ def play(observers: Sequence[object], run: Run, error: BaseException | None = No
     ]
     tell(observers, "collie_evaluated", run=run, results=results, samples=samples)
     if error is None:
-        tell(observers, "collie_checkpoint_saved", run=run, path=run.output_dir / "model")
+        save_model(observers, run)
     tell(observers, "collie_run_end", run=run, error=error)

@@ -18,7 +18,7 @@ class LionConfig(OptimizerConfig):
     lr: float = Field(
         1e-4,
         gt=0,
-        description="Step size: every weight moves by exactly this much. Use 3 to 10 times less than for AdamW.",
+        description="Step size: every weight moves by exactly this much. Use a third to a tenth of AdamW's.",
     )
     weight_decay: float = Field(
         0.0,

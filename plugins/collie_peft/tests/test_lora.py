@@ -47,11 +47,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def adapted(model: peft.PeftModel) -> set[str]:
-    return {
-        name.split(".lora_A")[0].rsplit(".", 1)[-1]
-        for name, _ in model.named_parameters()
-        if "lora_A" in name
-    }
+    return {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_A" in name}
 
 
 def train(model: peft.PeftModel, steps: int = 3) -> None:
@@ -143,9 +139,7 @@ def test_rank_pattern_reaches_its_layers() -> None:
 
 
 def test_an_unknown_module_gives_near_names() -> None:
-    with pytest.raises(
-        ModelError, match=r"target_modules: the model has no module 'q_prj'; did you mean q_proj"
-    ):
+    with pytest.raises(ModelError, match=r"target_modules: the model has no module 'q_prj'; did you mean q_proj"):
         attach(target_modules=["v_proj", "q_prj"])
     with pytest.raises(ModelError, match=r"modules_to_save.*'head'.*lm_head"):
         attach(target_modules=["v_proj"], modules_to_save=["head"])

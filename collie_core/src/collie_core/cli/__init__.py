@@ -103,9 +103,7 @@ def _plugin_verbs(plugins: Plugins) -> dict[str, str]:
     for entry in plugins.entries:
         if entry.kind == "commands":
             taken = entry.name in VERBS or plugins.is_ambiguous(entry)
-            verbs[entry.qualified if taken else entry.name] = (
-                f"{entry.summary} ({entry.distribution})".strip()
-            )
+            verbs[entry.qualified if taken else entry.name] = f"{entry.summary} ({entry.distribution})".strip()
     return verbs
 
 

@@ -1,4 +1,4 @@
-"""What a command-line process, and only that, switches off in the libraries it runs: they would talk into its display."""
+"""What a command-line process switches off in the libraries it runs, which would talk into its display."""
 
 from __future__ import annotations
 

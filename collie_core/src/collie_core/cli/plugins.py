@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", description="Explain one plugin.", allow_abbrev=False)
     show.add_argument("name", metavar="NAME", help="as in the configuration, or distribution:name")
     show.add_argument("--kind", choices=_SHOWN, help="needed when several kinds have the name")
-    show.add_argument(
-        "--trace", action="store_true", help="import all of it; where it fails, the full traceback"
-    )
+    show.add_argument("--trace", action="store_true", help="import all of it; where it fails, the full traceback")
     # SUPPRESS: or the default of the inner parser would undo `collie plugins --json show NAME`
     show.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
 

@@ -11,9 +11,7 @@ from collie_core.errors import RunError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to write it."""
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="write to FILE instead of standard output"
-    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to FILE instead of standard output")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,8 +27,6 @@ def run(args: argparse.Namespace) -> int:
         args.output.write_text(f"{text}\n", encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write {args.output}: {error.strerror}") from error
-    print(
-        f"wrote {args.output}; an editor with YAML support uses it when the first line of a configuration is"
-    )
+    print(f"wrote {args.output}; an editor with YAML support uses it when the first line of a configuration is")
     print(f"# yaml-language-server: $schema={args.output.name}")
     return 0

@@ -65,9 +65,7 @@ def _plain(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """Only what YAML and JSON can hold, so that a run's configuration can be written down and read back."""
     for path, item in _leaves(value):
         if isinstance(item, float) and not math.isfinite(item):
-            raise PydanticCustomError(
-                "not_finite", "holds a number that is not finite: {path}", {"path": path}
-            )
+            raise PydanticCustomError("not_finite", "holds a number that is not finite: {path}", {"path": path})
         if isinstance(item, int) and abs(item) > LARGEST:
             raise PydanticCustomError("too_large", "holds a number beyond 2^63: {path}", {"path": path})
         if not isinstance(item, str | int | float | None):
@@ -104,6 +102,4 @@ class OptimizerConfig(ComponentConfig):
     """The section of an optimizer."""
 
     lr: float = Field(gt=0, description="Learning rate after warm-up: the peak of the schedule.")
-    weight_decay: float = Field(
-        0.0, ge=0, description="Decay of matrices and embeddings; vectors never decay."
-    )
+    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and embeddings; vectors never decay.")

@@ -32,9 +32,7 @@ class OfKind:
             validate, serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True)
         )
 
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {SCHEMA_MARK: self.kind}
 
     def validate(self, registry: Plugins, base: type[ComponentConfig], value: Any) -> ComponentConfig:
@@ -65,9 +63,7 @@ def _dump(section: ComponentConfig, info: core_schema.SerializationInfo) -> dict
     return section.model_dump(mode=info.mode, warnings=False)
 
 
-def registry_model(
-    registry: Plugins, kind: str, base: type[ComponentConfig], name: str
-) -> type[ComponentConfig]:
+def registry_model(registry: Plugins, kind: str, base: type[ComponentConfig], name: str) -> type[ComponentConfig]:
     """The plugin's model; whatever is wrong with the plugin is an error at `type`."""
     try:
         model = registry.config_model(kind, name)

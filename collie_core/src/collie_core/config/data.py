@@ -14,20 +14,16 @@ Format = Literal["auto", "text", "completion", "messages", "tokens"]
 
 
 class SourceConfig(ConfigModel):
-    """One file, folder or hub data set."""
+    """One file or hub data set."""
 
-    path: str = Field(
-        min_length=1, description="A file (JSONL, JSON, CSV, parquet, text), a folder, or a hub id."
-    )
+    path: str = Field(min_length=1, description="A file (JSONL, JSON, CSV, parquet, text) or a hub id.")
     format: Format = Field(
         "auto",
         description="text: {text}. completion: {input, output}. messages: {messages} or {conversations}. "
         "tokens: {input_ids, labels}. auto: by the columns.",
     )
     split: str | None = Field(None, min_length=1, description="Which rows, as in `datasets`: train[:90%].")
-    weight: float = Field(
-        1.0, gt=0, le=1000, description="How often each sample is seen per epoch; 0.5: every other."
-    )
+    weight: float = Field(1.0, gt=0, le=1000, description="How often each sample is seen per epoch; 0.5: every other.")
 
 
 def _section(value: Any) -> Any:
@@ -68,9 +64,5 @@ class DataConfig(ConfigModel):
     chat_template: str | None = Field(
         None, min_length=1, description="A Jinja template, or a file with one; default: the tokenizer's."
     )
-    cache_dir: str | None = Field(
-        None, min_length=1, description="Where tokenised data is kept; default: ~/.cache."
-    )
-    num_workers: NonNegativeInt = Field(
-        0, le=1024, description="Background processes that tokenise; 0: none."
-    )
+    cache_dir: str | None = Field(None, min_length=1, description="Where tokenised data is kept; default: ~/.cache.")
+    num_workers: NonNegativeInt = Field(0, le=1024, description="Processes that prepare batches ahead; 0: none.")

@@ -27,8 +27,7 @@ class Document:
     def located(self, problems: Iterable[Problem]) -> list[Problem]:
         """The problems with their origins, each once, in the order of the file."""
         placed = [
-            problem if problem.origin else replace(problem, origin=self.origin(problem.key))
-            for problem in problems
+            problem if problem.origin else replace(problem, origin=self.origin(problem.key)) for problem in problems
         ]
         unique = {str(problem): problem for problem in placed}
         return sorted(unique.values(), key=lambda problem: _line(problem.origin))

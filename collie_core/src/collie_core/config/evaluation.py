@@ -27,6 +27,4 @@ class EvaluationConfig(ConfigModel):
     evaluators: list[Annotated[ComponentConfig, OfKind("metric")]] = Field(
         [PerplexityConfig()], description="What is measured: metrics of the token losses."
     )
-    print_samples: NonNegativeInt = Field(
-        0, le=100, description="Held-out prompts to answer at each evaluation."
-    )
+    print_samples: NonNegativeInt = Field(0, le=100, description="Held-out prompts to answer at each evaluation.")

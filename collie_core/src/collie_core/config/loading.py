@@ -33,9 +33,7 @@ COMMAND_LINE = "command line"
 
 _TAG = "tag:yaml.org,2002:"
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
-_FLOAT = re.compile(
-    r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-)
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _WORDLESS = re.compile(r"\.(inf|nan)")  # float() wants them without the dot
 _CORE_SCHEMA = {
     "null": (r"~|null|Null|NULL|", [*"~nN", ""]),
@@ -65,9 +63,7 @@ def read_file(path: str | PathLike[str]) -> Document:
         return read_text(raw.decode("utf-8-sig"), name)
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise _fatal(
-            name, f"is not UTF-8: byte 0x{raw[error.start]:02x}", line, "Save it as UTF-8."
-        ) from error
+        raise _fatal(name, f"is not UTF-8: byte 0x{raw[error.start]:02x}", line, "Save it as UTF-8.") from error
 
 
 def read_text(text: str, name: str) -> Document:
@@ -103,16 +99,12 @@ def apply_overrides(document: Document, overrides: Iterable[str], guide: Guide) 
 
 def dump(data: dict[str, Any]) -> str:
     """YAML that both YAML 1.1 and YAML 1.2 readers understand alike."""
-    return yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=100
-    )
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=100)
 
 
 def dump_value(value: Any) -> str:
     """A value of a key on one line."""
-    text = yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6
-    )
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -186,9 +178,7 @@ class _Constructor:
             raise _fatal(self.name, f"is not valid YAML: {said}", mark.line + 1 if mark else None) from error
         except ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            raise _fatal(
-                self.name, f"holds a character that YAML forbids: {error.character!r}", line
-            ) from error
+            raise _fatal(self.name, f"holds a character that YAML forbids: {error.character!r}", line) from error
         except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF" names no character
             raise _fatal(self.name, f"is not valid YAML: {error}") from error
         if node is not None:
@@ -203,18 +193,14 @@ class _Constructor:
             return dict(self._items(node, key))
         if isinstance(node, SequenceNode):
             self._check_tag(node, key, "seq")
-            return [
-                self.construct(item, f"{key}.{index}".lstrip(".")) for index, item in enumerate(node.value)
-            ]
+            return [self.construct(item, f"{key}.{index}".lstrip(".")) for index, item in enumerate(node.value)]
         assert isinstance(node, ScalarNode)
         return self._scalar(node, key)
 
     def _items(self, node: MappingNode, key: str) -> Iterator[tuple[str, Any]]:
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
-            name = (
-                key_node.value
-            )  # `on: 1` and `1: 1` have the keys "on" and "1", whatever else they look like
+            name = key_node.value  # `on: 1` and `1: 1` have the keys "on" and "1", whatever else they look like
             if not isinstance(key_node, ScalarNode) or not _is_text(name):
                 self._problem(key_node, key, "has a key that is not plain text")
                 continue
@@ -251,9 +237,7 @@ class _Constructor:
 
     def _check_tag(self, node: Node, key: str, expected: str) -> None:
         if node.tag != _TAG + expected:
-            self._problem(
-                node, key, f"has the tag {node.tag}, and tags are not supported", "Leave the tag out."
-            )
+            self._problem(node, key, f"has the tag {node.tag}, and tags are not supported", "Leave the tag out.")
 
     def _problem(self, node: Node, key: str, rule: str, hint: str = "", value: object = MISSING) -> None:
         self.document.problems.append(Problem(key, rule, value, hint, self._origin(node)))

@@ -22,9 +22,7 @@ Checkpointing = Annotated[
 class ModelConfig(ConfigModel):
     """The model: pretrained weights, or an architecture to train from random ones."""
 
-    model_name_or_path: str | None = Field(
-        None, min_length=1, description="A folder or a hub id, with its weights."
-    )
+    model_name_or_path: str | None = Field(None, min_length=1, description="A folder or a hub id, with its weights.")
     config: PlainMapping | None = Field(
         None,
         description="Train from random weights: `model_type` and the fields of its transformers config. "
@@ -39,6 +37,4 @@ class ModelConfig(ConfigModel):
         "none",
         description="full: activations are computed again in backward. Less memory, about 1/3 slower.",
     )
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with the model. Off unless trusted."
-    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless trusted.")

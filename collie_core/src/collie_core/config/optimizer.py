@@ -16,6 +16,4 @@ class LRSchedulerConfig(ConfigModel):
         "constant", description="After warm-up: constant, or falling to 0 in a line or a half cosine."
     )
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="Share of the steps in which lr rises from 0.")
-    warmup_steps: NonNegativeInt | None = Field(
-        None, description="The same in steps; instead of warmup_ratio."
-    )
+    warmup_steps: NonNegativeInt | None = Field(None, description="The same in steps; instead of warmup_ratio.")

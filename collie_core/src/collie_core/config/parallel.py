@@ -22,6 +22,4 @@ class ParallelConfig(ConfigModel):
         0,
         description="What data-parallel ranks share: 1 optimizer states, 2 and gradients, 3 and parameters.",
     )
-    timeout_s: float = Field(
-        1800.0, gt=0, le=1e9, description="Seconds until a lost process stops the others."
-    )
+    timeout_s: float = Field(1800.0, gt=0, le=1e9, description="Seconds until a lost process stops the others.")

@@ -26,9 +26,7 @@ class Preset:
     sections: Mapping[str, Any]
 
 
-_PAIRS = (
-    'put samples into data/train.jsonl and data/eval.jsonl, one per line: {"input": "...", "output": "..."}'
-)
+_PAIRS = 'put samples into data/train.jsonl and data/eval.jsonl, one per line: {"input": "...", "output": "..."}'
 _TEXTS = 'put documents into data/train.jsonl and data/eval.jsonl, one per line: {"text": "..."}'
 _FILES = {"train": "data/train.jsonl", "eval": "data/eval.jsonl"}
 _PRETRAINED = {"model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "dtype": "auto"}
@@ -59,14 +57,14 @@ PRESETS: Mapping[str, Preset] = {
             "tokenizer": {"type": "byte"},
             "data": {**_FILES, "max_length": 128},
             "train": {
-                "max_steps": 300,
+                "max_steps": 500,
                 "per_device_train_batch_size": 16,
                 "seed": 42,
                 "logging_steps": 10,
                 "output_dir": "runs/quickstart",
                 "overwrite_output_dir": True,
             },
-            "optimizer": {"type": "adamw", "lr": 2e-3, "weight_decay": 0.01},
+            "optimizer": {"type": "adamw", "lr": 3e-3, "weight_decay": 0.01},
             "lr_scheduler": {"type": "cosine", "warmup_ratio": 0.05},
             "evaluation": {"steps": 100, "on_start": True, "print_samples": 3},
         },

@@ -103,9 +103,7 @@ def translate(error: ValidationError, data: Mapping[str, Any], guide: Guide) -> 
     for details in error.errors(include_url=False):
         path, value = _written(details, data)
         key = ".".join(map(str, path))
-        hint = (
-            _unknown_key(path, data, guide) if details["type"] == "extra_forbidden" else _hint(details, value)
-        )
+        hint = _unknown_key(path, data, guide) if details["type"] == "extra_forbidden" else _hint(details, value)
         found.setdefault(key, []).append(Problem(key, _rule(details), value, hint))
     return [_joined(problems) for problems in found.values()]
 

@@ -73,9 +73,7 @@ RULES = (
         "`model.config` without `model_type`",
         "is required: it names the family, for example llama",
         "",
-        lambda config: (
-            config.model.config is not None and not isinstance(config.model.config.get("model_type"), str)
-        ),
+        lambda config: config.model.config is not None and not isinstance(config.model.config.get("model_type"), str),
     ),
     Rule(
         "tokenizer.name_or_path",

@@ -67,25 +67,19 @@ class RunConfig(ConfigModel):
     )
     lr_scheduler: Annotated[
         LRSchedulerConfig,
-        BeforeValidator(
-            _typed, json_schema_input_type=Literal["constant", "linear", "cosine"] | LRSchedulerConfig
-        ),
+        BeforeValidator(_typed, json_schema_input_type=Literal["constant", "linear", "cosine"] | LRSchedulerConfig),
     ] = Field(LRSchedulerConfig(), description="The learning rate over the run.")
     adapter: Annotated[ComponentConfig, OfKind("adapter")] | None = Field(
         None, description="Train a few added parameters instead of all: `type`, and the adapter's own fields."
     )
-    evaluation: EvaluationConfig = Field(
-        EvaluationConfig(), description="When and how the model is measured."
-    )
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="When and how the model is measured.")
     report_to: Annotated[
         list[Literal["tensorboard"]],
         BeforeValidator(
             _trackers, json_schema_input_type=Literal["tensorboard", "none"] | list[Literal["tensorboard"]]
         ),
     ] = Field([], description="Trackers, besides metrics.jsonl and report.html.")
-    deepspeed: PlainMapping = Field(
-        {}, description="Keys laid over the DeepSpeed configuration that CoLLiE makes."
-    )
+    deepspeed: PlainMapping = Field({}, description="Keys laid over the DeepSpeed configuration that CoLLiE makes.")
     plugins: PluginsConfig = Field(PluginsConfig(), description="Installed plugins.")
 
     def __init__(self, **sections: Any) -> None:
@@ -153,9 +147,7 @@ class RunConfig(ConfigModel):
             raise ConfigError(document.located(found))
 
     def _validate(self, data: Mapping[str, Any], registry: Plugins) -> None:
-        type(self).__pydantic_validator__.validate_python(
-            data, self_instance=self, context={"registry": registry}
-        )
+        type(self).__pydantic_validator__.validate_python(data, self_instance=self, context={"registry": registry})
         self.__dict__["registry"] = registry
 
     def _broken_rules(
@@ -172,9 +164,7 @@ class RunConfig(ConfigModel):
             rest._validate({key: value for key, value in data.items() if key not in mistaken}, registry)
         except ValidationError:  # the default of a section is refused as well, and that is told already
             return []
-        return [
-            problem for problem in rules.check(rest, given) if problem.key.partition(".")[0] not in mistaken
-        ]
+        return [problem for problem in rules.check(rest, given) if problem.key.partition(".")[0] not in mistaken]
 
     @cached_property
     def registry(self) -> Plugins:

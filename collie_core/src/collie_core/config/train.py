@@ -11,9 +11,7 @@ class TrainConfig(ConfigModel):
     """How long, how much at a time, and where to."""
 
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; instead of num_train_epochs.")
-    num_train_epochs: float | None = Field(
-        None, gt=0, description="Passes over the data; 1 when nothing is written."
-    )
+    num_train_epochs: float | None = Field(None, gt=0, description="Passes over the data; 1 when nothing is written.")
     per_device_train_batch_size: PositiveInt | None = Field(
         None, description="Samples per forward on one device; 1 when nothing is written."
     )
@@ -23,9 +21,7 @@ class TrainConfig(ConfigModel):
         description="Samples per optimizer step: per_device_train_batch_size x gradient_accumulation_steps x "
         "data_parallel_size. Any two decide the third.",
     )
-    max_grad_norm: float | None = Field(
-        1.0, ge=0, description="Gradients are scaled down to this norm; 0: never."
-    )
+    max_grad_norm: float | None = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never.")
     seed: NonNegativeInt = Field(42, lt=2**31, description="Of weights, dropout and the order of samples.")
     logging_steps: PositiveInt = Field(1, description="Steps between two rows of metrics.jsonl.")
     output_dir: str = Field("runs/run", min_length=1, description="The folder of this run.")

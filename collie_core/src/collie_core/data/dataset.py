@@ -64,7 +64,7 @@ class TokenizedDataset(Sequence[Any]):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.stats = reduce(add, (part.stats for part in parts))
-        self._rows = [part.rows.with_format("numpy", columns=["input_ids", "labels"]) for part in parts]
+        self._rows = [part.rows.with_format("numpy", columns=["input_ids", "labels"], dtype=np.int32) for part in parts]
         self._lengths = [part.rows.data.column("length") for part in parts]
         stops = [*accumulate(len(rows) for rows in self._rows)]
         self._starts = [0, *stops[:-1]]
@@ -121,7 +121,7 @@ def prepare_dataset(
 def _check_targets(parts: Sequence[Part], train_on: str, name: str) -> None:
     """Where only answers should be learned, something else must be there too. (No target: see `_encoded`.)"""
     answers = [part.stats for part in parts if not part.learns_all]
-    if answers and (total := reduce(add, answers)).target_share == 1:
+    if answers and (total := reduce(add, answers)).prompted == 0:
         raise DataError(
             f"data.{name}: 100 % of the {total.tokens:,} tokens are targets, but only answers should be with "
             f"data.train_on={train_on}; give the samples prompts, or set data.train_on=all"
@@ -168,9 +168,7 @@ def _columns(samples: Iterable[Sample]) -> dict[str, list[Any]]:
 def _features() -> Any:
     from datasets import Features, List, Value
 
-    return Features(
-        {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")}
-    )
+    return Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 
 
 def _in_memory(rows: Iterator[Row], encoder: Encoder, name: str) -> Part:
@@ -298,6 +296,5 @@ def segments(sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> l
     # Decoded from the beginning each time: decoders treat the first token of a text otherwise.
     texts = ["", *(str(tokenizer.decode(ids[:cut])) for cut in (*cuts, len(ids)))]
     return [
-        (text[len(before) :], targets[begin])
-        for before, text, begin in zip(texts, texts[1:], (0, *cuts), strict=False)
+        (text[len(before) :], targets[begin]) for before, text, begin in zip(texts, texts[1:], (0, *cuts), strict=False)
     ]

@@ -28,9 +28,7 @@ Format = Literal["text", "completion", "messages", "tokens"]
 Span = tuple[int, int]
 TEMPLATES = {"chatml": CHATML}
 PAIRS = (("input", "output"), ("prompt", "completion"))
-GENERATION_TAG = re.compile(
-    r"\{%-?\s*generation\s*-?%\}"
-)  # transformers' mark around what the assistant says
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")  # transformers' mark around what the assistant says
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -71,6 +69,7 @@ class DataStats:
     split: int = 0
     dropped_long: int = 0
     dropped_no_target: int = 0
+    prompted: int = 0  # rows that hold more than what is to be learned
 
     @property
     def target_share(self) -> float:
@@ -143,7 +142,7 @@ class Encoder:
         Raises:
             DataError: a row does not have the format, is too long, or holds a token outside the vocabulary.
         """
-        samples = map(self._labelled, rows) if format == "tokens" else self._tokenised(rows, format)
+        samples = map(self._labelled, rows) if format == "tokens" else self._tokenised(rows, format, stats)
         for row, sample in zip(rows, samples, strict=True):
             self._check_vocabulary(row, sample)
             stats.longest = max(stats.longest, len(sample.input_ids))
@@ -176,8 +175,7 @@ class Encoder:
         names = next((pair for pair in PAIRS if pair[0] in row.values), PAIRS[0])
         if "instruction" in row.values:
             raise DataError(
-                f"{row.origin}: the column instruction would be ignored; write it into {names[0]}, "
-                "or have messages"
+                f"{row.origin}: the column instruction would be ignored; write it into {names[0]}, or have messages"
             )
         prompt, answer = (_string(row, name) for name in names)
         start = 0 if self.data.train_on == "all" else len(prompt)
@@ -197,7 +195,7 @@ class Encoder:
 
     # -- to tokens -----------------------------------------------------------------------------------------
 
-    def _tokenised(self, rows: Sequence[Row], format: Format) -> Iterator[Sample]:
+    def _tokenised(self, rows: Sequence[Row], format: Format, stats: DataStats) -> Iterator[Sample]:
         templated = format == "messages"  # a chat template writes all special tokens itself
         marked = [*map(self._marked(format), rows)]
         encoded = self.tokenizer(
@@ -207,6 +205,7 @@ class Encoder:
             verbose=False,
         )
         for index, (text, spans) in enumerate(marked):
+            stats.prompted += sum(stop - start for start, stop in spans) < len(text)
             ids: list[int] = encoded["input_ids"][index]
             labels = [IGNORE] * len(ids)
             for span in spans:
@@ -240,9 +239,7 @@ class Encoder:
         size, targets = self.vocab_size, (label for label in sample.labels if label != IGNORE)
         if sample.input_ids and (min(sample.input_ids) < 0 or max(sample.input_ids) >= size):
             wrong = next(token for token in sample.input_ids if not 0 <= token < size)
-            raise DataError(
-                f"{row.origin}: token {wrong} lies outside the model's vocabulary, 0 to {size - 1}"
-            )
+            raise DataError(f"{row.origin}: token {wrong} lies outside the model's vocabulary, 0 to {size - 1}")
         wrong_label = next((label for label in targets if not 0 <= label < size), None)
         if wrong_label is not None:
             raise DataError(f"{row.origin}: label {wrong_label} is neither -100 nor from 0 to {size - 1}")
@@ -447,16 +444,12 @@ def _check_characters(row: Row, name: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can write it: "\ud83d"
-        raise DataError(
-            f"{row.origin}: {name} holds half of a surrogate pair, which is no character"
-        ) from error
+        raise DataError(f"{row.origin}: {name} holds half of a surrogate pair, which is no character") from error
 
 
 def _integers(row: Row, name: str) -> list[int]:
     value = _column(row, name)
-    items = (
-        value.tolist() if hasattr(value, "tolist") else value
-    )  # rows of a data set in numpy or torch format
+    items = value.tolist() if hasattr(value, "tolist") else value  # rows of a data set in numpy or torch format
     if not isinstance(items, list) or not {*map(type, items)} <= {int}:
         raise DataError(f"{row.origin}: {name} must be a list of whole numbers")
     return items

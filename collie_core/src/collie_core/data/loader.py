@@ -329,9 +329,7 @@ def _compare(model: nn.Module, found: Tensor, expected: Tensor) -> None:
 
 def _cannot_pack(model: nn.Module, reason: str) -> ModelError:
     family = getattr(model.config, "model_type", type(model).__name__)
-    return ModelError(
-        f"the {family} model does not keep packed samples apart: {reason}; set data.packing=false"
-    )
+    return ModelError(f"the {family} model does not keep packed samples apart: {reason}; set data.packing=false")
 
 
 def _chunks(rows: list[list[int]], size: int) -> list[list[list[int]]]:

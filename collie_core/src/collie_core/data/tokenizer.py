@@ -73,7 +73,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     core = Tokenizer(models.BPE(vocab=_byte_symbols(), merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<eos>",
         pad_token="<pad>",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from collie_core.compat import deepspeed_start
 from collie_core.engine.deepspeed_config import deepspeed_config as deepspeed_config
@@ -109,7 +110,7 @@ def _initialize(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], 
         ) from error
     if not dist.is_initialized():  # DeepSpeed wants a process group even for one process: in memory, no open port
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     with deepspeed_start(topology.local_rank):
         deepspeed.init_distributed(verbose=False)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -91,21 +91,51 @@ def build_model(target: ModelFamily, config: PretrainedConfig, weights: str | No
         return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=config.dtype))
     _check_index(Path(weights))
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             weights,
             config=config,
             dtype=config.dtype,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # collected in `loaded` and refused below, all at once
+            ignore_mismatched_sizes=True,  # collected in the report and refused below, all at once
             output_loading_info=True,
         )
-    except Exception as error:  # noqa: BLE001  (safetensors raises its own non-ValueError types for a torn file)
+    except Exception as error:
         raise ModelError(f"cannot load the weights of {weights}: {' '.join(str(error).split())}") from error
-    problems = _loading_problems(loaded)
+    model, report = loaded  # as `output_loading_info` has it
+    problems = _loading_problems(report)
     problems += [f"not finite: {name}" for name, value in model.named_parameters() if not value.isfinite().all()]
     if problems:
         raise ModelError(f"the weights of {weights} do not fit {target.model_type}: " + "; ".join(problems))
     return cast("PreTrainedModel", model)
+
+
+def load_pretrained(
+    section: ModelConfig, registry: Plugins, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> nn.Module:
+    """The model of a folder or hub id; of an adapter's folder, the base model it names with the adapter on it.
+
+    Raises:
+        ModelError: see `architecture` and `build_model`.
+    """
+    folder = Path(str(section.model_name_or_path))
+    described = folder / "adapter_config.json"
+    if not described.is_file():
+        return new_model(section, registry, tokenizer, dtype)
+    adapter = json.loads(described.read_text())
+    base = section.model_copy(update={"model_name_or_path": adapter["base_model_name_or_path"]})
+    model = new_model(base, registry, tokenizer, dtype)
+    return cast(nn.Module, registry.load("adapter", adapter["peft_type"].lower()).load(model, folder))
+
+
+def new_model(
+    section: ModelConfig, registry: Plugins, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model that `model:` describes, on the CPU in `dtype`."""
+    family, config = architecture(section, registry, tokenizer)
+    config.dtype = dtype
+    config._attn_implementation = section.attn_implementation
+    weights = section.model_name_or_path
+    return cast("PreTrainedModel", registry.build_target("model", family, config=config, weights=weights))
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -119,7 +149,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
 def _family(model_type: str, registry: Plugins) -> ModelFamily:
     names = registry.names("model")
     plain = model_type.replace("_", "-").lower()
-    return cast("ModelFamily", registry.load("model", plain)) if plain in names else StockFamily(model_type)
+    return cast("ModelFamily", registry.load("model", plain) if plain in names else StockFamily(model_type))
 
 
 def _source(section: ModelConfig) -> str:
@@ -136,7 +166,7 @@ def _read_config(section: ModelConfig) -> dict[str, Any]:
         raise ModelError(f"model.model_name_or_path={name}: {_first_sentence(error)}") from error
     if not raw:
         raise ModelError(f"model.model_name_or_path={name}: no config.json there")
-    return cast(dict[str, Any], raw)
+    return raw
 
 
 def _first_sentence(error: BaseException) -> str:

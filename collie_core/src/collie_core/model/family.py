@@ -36,7 +36,7 @@ class StockFamily:
 
 def unknown_keys(config: PretrainedConfig, keys: list[str]) -> list[str]:
     """Those of `keys` that the config class does not declare (transformers itself keeps them silently)."""
-    known = {item.name for item in fields(config)} | set(config.attribute_map) | {"model_type"}  # type: ignore[arg-type]
+    known = {item.name for item in fields(config)} | set(config.attribute_map) | {"model_type"}
     return [key for key in keys if key not in known]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -34,6 +35,6 @@ def schedule(section: LRSchedulerConfig, optimizer: Optimizer, max_steps: int) -
     """The schedule of the transformers library over `max_steps` optimizer steps, warm-up first."""
     from transformers import get_scheduler
 
-    warmup = section.warmup_steps if section.warmup_steps else round(section.warmup_ratio * max_steps)
+    warmup = section.warmup_steps if section.warmup_steps else math.ceil(section.warmup_ratio * max_steps)
     name = "constant_with_warmup" if section.type == "constant" and warmup else section.type
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max_steps)
+    return cast("LRScheduler", get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max_steps))

@@ -75,8 +75,7 @@ def refuse_used_directory(config: RunConfig) -> None:
         )
     if CONFIG in found and not _is_ours(output_dir / CONFIG):
         raise RunError(
-            f"{output_dir / CONFIG} was not written by CoLLiE and would be overwritten; choose another "
-            "train.output_dir"
+            f"{output_dir / CONFIG} was not written by CoLLiE and would be overwritten; choose another train.output_dir"
         )
 
 

@@ -41,6 +41,19 @@ class LoraAdapter:
         assert isinstance(model, peft.PeftModel)
         model.save_pretrained(str(path), safe_serialization=True)
 
+    def load(self, model: nn.Module, path: Path) -> peft.PeftModel:
+        """Put the adapter in `path` onto its base model, not trainable.
+
+        Raises:
+            ModelError: it does not fit the model, or its weights are no safetensors.
+        """
+        if not (path / "adapter_model.safetensors").is_file():
+            raise ModelError(f"{path} holds no adapter_model.safetensors")
+        try:
+            return peft.PeftModel.from_pretrained(model, str(path))
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"the adapter in {path} does not fit: {str(error).strip().splitlines()[0]}") from error
+
 
 def _check_names(model: nn.Module, key: str, wanted: list[str] | str | None) -> None:
     """peft complains only when no name at all matches; a single wrong one would train too little."""

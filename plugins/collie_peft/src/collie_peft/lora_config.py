@@ -42,9 +42,7 @@ class LoraConfig(ComponentConfig):
     layers_pattern: list[str] | str | None = Field(
         None, description="The name of the list of layers, where peft does not know it."
     )
-    rank_pattern: dict[str, PositiveInt] = Field(
-        {}, description="Other ranks: name or regular expression to r."
-    )
+    rank_pattern: dict[str, PositiveInt] = Field({}, description="Other ranks: name or regular expression to r.")
     alpha_pattern: dict[str, PositiveInt] = Field(
         {}, description="Other scales: name or regular expression to lora_alpha."
     )
