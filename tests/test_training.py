@@ -361,3 +361,48 @@ def test_real_weights_learn_real_texts(name: str, real_data: Path, tmp_path: Pat
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_lora_trains_its_own_weights_alone_and_its_folder_is_a_model(
+    sections: Sections, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import PeftModel
+
+    sections["adapter"] = {"type": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+    sections["optimizer"]["lr"] = 3e-2
+    path = write_yaml(sections, tmp_path / "run.yaml")
+    assert main(["train", str(path)]) == 0
+    assert "trained" in capsys.readouterr().out
+    folder = tmp_path / "run" / "model"
+    assert (folder / "adapter_model.safetensors").exists()
+    assert not (folder / "model.safetensors").exists()
+
+    expected = rows_of(tmp_path / "run")[-1]["eval/perplexity"]
+    assert main(["eval", str(path), "adapter=null", "--model", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval/perplexity"] == pytest.approx(expected, rel=1e-5)
+
+    assert main(["generate", "Count to 4: ", "--model", str(folder), "--max-new-tokens", "6"]) == 0
+    base = LlamaForCausalLM.from_pretrained(sections["model"]["model_name_or_path"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Count to 4: ", return_tensors="pt").input_ids
+    theirs = PeftModel.from_pretrained(base, folder)
+    output = theirs.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert capsys.readouterr().out == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+
+
+def test_lion_is_a_pack_like_any_other(sections: Sections, tmp_path: Path) -> None:
+    sections["optimizer"] = {"type": "lion", "lr": 1e-3}
+    Trainer(RunConfig(**sections)).train()
+    rows = [row for row in rows_of(tmp_path / "run") if "eval/loss" in row]
+    assert rows[-1]["eval/loss"] < rows[0]["eval/loss"]
+    used = json.loads((tmp_path / "run" / "plugins.json").read_text())
+    assert any(row["name"] == "lion" and row["distribution"] == "collie-optim" for row in used)
+
+
+def test_a_chat_template_of_the_run_is_exported(sections: Sections, tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}] * 8
+    sections["data"] = {"max_length": 128, "chat_template": "chatml"}
+    sections["evaluation"] = {}
+    Trainer(RunConfig(**sections), train_dataset=rows, observers=()).train()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert "assistant" in tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)

@@ -147,7 +147,7 @@ class Trainer:
         """The run with its directory and facts; its end is told to the hooks whatever happens."""
         if self.topology.is_main:
             refuse_used_directory(self.config)
-        # Everything is built first: what is wrong with it leaves no directory behind.
+        self.parts.build()  # first of all: what is wrong with a part leaves no directory behind
         run, registry = self.run, self.config.registry
         run.facts.update(run_facts(self.parts))
         check_agreement(registry.used(), self.topology)

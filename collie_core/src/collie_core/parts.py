@@ -60,6 +60,10 @@ class Parts:
         self.device = self.topology.device
         self.dtype = compute_dtype(config.model.dtype, self.device)
 
+    def build(self) -> None:
+        """Everything that training needs, in the order in which mistakes are cheapest to find."""
+        _ = self.tokenizer, self.model, self.train_dataset, self.eval_dataset, self.parameter_counts, self.step
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the chat template of the run, so that it is exported with the model."""

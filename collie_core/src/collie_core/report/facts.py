@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
 
 def run_facts(parts: Parts) -> dict[str, Any]:
-    """Model, batch arithmetic, precision, data and plugins; builds the parts it describes."""
+    """Model, batch arithmetic, precision, data and plugins of parts that are built."""
     config, data_parallel, samples = parts.config, parts.topology.dp.size, parts.train_dataset
     parameters, trainable = parts.parameter_counts
-    _ = parts.step  # so that the optimizer's plugin is in the table
     return {
         "model": parts.model.config.model_type,  # type: ignore[union-attr]
         "parameters": parameters,
