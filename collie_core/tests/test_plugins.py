@@ -412,6 +412,7 @@ ADAPTER = """
 class A:
     def attach(self, model, config): return model
     def save(self, model, path): ...
+    def load(self, model, path): ...
 """
 
 

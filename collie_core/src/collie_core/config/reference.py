@@ -23,7 +23,6 @@ _TYPES = {
     "string": "text",
     "integer": "whole number",
     "number": "number",
-    "boolean": "true or false",
     "null": "null",
     "object": "mapping",
     "array": "list",
@@ -112,6 +111,8 @@ def _choices_of(field: Schema, shared: Schema) -> Iterator[str]:
         yield f"`{field['const']}`"
     elif "enum" in field:
         yield from (f"`{value}`" for value in field["enum"])
+    elif field.get("type") == "boolean":
+        yield from ("`true`", "`false`")
     elif field.get("type") == "array":
         yield _array(field, shared)
     else:
