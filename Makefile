@@ -45,11 +45,10 @@ format: install ## Repair what ruff can repair
 bench: install ## Every benchmark, one after the other
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-docs: install ## What is generated from the code: the pages of the configuration, and its JSON Schema
+docs: install ## The pages that are generated from the code
 	$(BIN)/python -m collie_core.config.reference docs/configuration.md
 	$(BIN)/python -c 'from collie_core.config.rules import compatibility_page as page; print(page(), end="")' \
 	  >docs/compatibility.md
-	$(BIN)/collie schema -o docs/schema.json
 
 constraints: ## Write constraints.txt anew from what .venv holds
 	{ sed '/^[^#]/d' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \

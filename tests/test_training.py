@@ -378,7 +378,7 @@ def test_lora_trains_its_own_weights_alone_and_its_folder_is_a_model(
     assert not (folder / "model.safetensors").exists()
 
     expected = rows_of(tmp_path / "run")[-1]["eval/perplexity"]
-    assert main(["eval", str(path), "adapter=null", "--model", str(folder), "--json"]) == 0
+    assert main(["eval", str(path), "--model", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["eval/perplexity"] == pytest.approx(expected, rel=1e-5)
 
     assert main(["generate", "Count to 4: ", "--model", str(folder), "--max-new-tokens", "6"]) == 0

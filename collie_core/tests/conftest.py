@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 sys.path.append(str(Path(__file__).parent / "support"))  # --import-mode=importlib adds no folder by itself
 
 from fake_dists import write_distribution
+
+# How long an example takes says nothing on a machine that does other things too.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 Install = Callable[..., Path]
 Python = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -17,6 +17,7 @@ from collie_core.engine.step import LossFn, TrainFn, token_mean_loss
 from collie_core.evaluate.perplexity import feed
 from collie_core.generate import SampleText, sample_texts
 from collie_core.hookspecs import Run
+from collie_core.model.build import describe_adapter
 from collie_core.model.export import save_pretrained, write_folder
 from collie_core.parts import EvalFn, HandedIn, Parts
 from collie_core.plugins import check_agreement
@@ -202,6 +203,7 @@ class Trainer:
         adapter, tokenizer = self.config.adapter, self.parts.tokenizer
         if adapter is not None:
             self.config.registry.load("adapter", adapter.type).save(self.model, folder)
+            describe_adapter(folder, adapter.type, str(self.config.model.model_name_or_path or ""))
             tokenizer.save_pretrained(folder)
         else:
             save_pretrained(folder, cast("PreTrainedModel", self.model), state, tokenizer, self.parts.dtype)

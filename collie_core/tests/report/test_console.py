@@ -131,16 +131,6 @@ def test_nothing_is_promised_that_was_not_saved(tmp_path: Path) -> None:
     assert "collie generate" not in out.getvalue()
 
 
-def test_an_adapter_alone_is_not_offered_as_a_model(tmp_path: Path) -> None:
-    reporter, out = plain()
-    run = make_run(tmp_path)
-    tell([reporter], "collie_run_start", run=run)
-    tell([reporter], "collie_checkpoint_saved", run=run, path=tmp_path / "model")
-    tell([reporter], "collie_run_end", run=run, error=None)
-    assert f"  saved     {tmp_path}/model\n" in out.getvalue()
-    assert "collie generate" not in out.getvalue()
-
-
 def test_early_stop_gives_its_reason(tmp_path: Path) -> None:
     reporter, out = plain()
     run = make_run(tmp_path)

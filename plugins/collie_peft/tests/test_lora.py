@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from collie_core.api import Adapter, Component, ModelError
+from collie_core.api import Adapter, Component, ConfigError, ModelError, RunConfig
 from collie_peft import LORA
 from collie_peft.lora import LoraAdapter
 from collie_peft.lora_config import LoraConfig
@@ -171,3 +171,24 @@ def test_wrong_values_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValidationError) as caught:
         LoraConfig.model_validate({"type": "lora", field: value})
     assert {error["loc"][0] for error in caught.value.errors()} == {field}
+
+
+def test_load_puts_a_saved_adapter_back_and_refuses_another_model(tmp_path: Path) -> None:
+    model = attach(target_modules=["q_proj", "v_proj"])
+    train(model)
+    LoraAdapter().save(model, tmp_path)
+    loaded = LoraAdapter().load(tiny(), tmp_path)
+    torch.testing.assert_close(logits(loaded.eval()), logits(model.eval()))
+    wider = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+    with pytest.raises(ModelError, match="does not fit"):
+        LoraAdapter().load(wider, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        LoraAdapter().load(tiny(), tmp_path)
+
+
+def test_an_adapter_on_random_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match="saved without its base model"):
+        RunConfig(
+            model={"config": {"model_type": "llama"}}, tokenizer="byte", adapter={"type": "lora"}, data={"train": "t"}
+        )

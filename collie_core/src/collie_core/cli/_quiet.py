@@ -14,6 +14,6 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers|peft)\b")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search for one, and the warning about it

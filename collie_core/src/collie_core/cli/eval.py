@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the results."""
     if args.model:
-        # The section is replaced whole: its tokenizer and architecture are those of the folder.
-        args.overrides += [f"model={{model_name_or_path: {json.dumps(args.model)}}}", "tokenizer={type: pretrained}"]
+        # Sections are replaced whole: tokenizer, architecture and adapter are those of the folder.
+        model = f"model={{model_name_or_path: {json.dumps(args.model)}}}"
+        args.overrides += [model, "tokenizer={type: pretrained}", "adapter=null"]
     config = load_config(args)
     if not config.data.eval:
         raise RunError("data.eval is empty: nothing to evaluate; set data.eval to a file or a split")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from collie_core.errors import PluginError
 from collie_core.hookspecs import KINDS
-from collie_core.plugins import Entry, Plugins, broken, near, normalise
+from collie_core.plugins import CORE, Entry, Plugins, broken, near, normalise
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -46,12 +46,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(plugins: Plugins, as_json: bool) -> int:
     entries = sorted((*plugins.entries, *plugins.blocked))
-    rows = [{**asdict(entry), "state": plugins.state(entry)} for entry in entries]
+    rows = [{**asdict(entry), "summary": _summary(plugins, entry), "state": plugins.state(entry)} for entry in entries]
     if as_json:
         _print_json(rows)
     else:
         _print_table(("kind", "name", "distribution", "version", "summary"), map(_with_state, rows))
     return 0
+
+
+def _summary(plugins: Plugins, entry: Entry) -> str:
+    """That of the distribution; of the core's own components, whose descriptions import nothing, their own."""
+    if entry.distribution == CORE and entry.kind in KINDS:
+        return plugins.component(entry.kind, entry.qualified).summary
+    return entry.summary
 
 
 def _with_state(row: Mapping[str, str]) -> dict[str, str]:

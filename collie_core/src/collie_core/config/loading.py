@@ -113,11 +113,17 @@ def _override(document: Document, key: str, value: Any, guide: Guide) -> None:
     if alias is not None:
         document.notes.append(f"{COMMAND_LINE}: {key} is called {alias.target} here")
         key, value = alias.target, aliases.translated(alias, value)
+    if key == "model" and isinstance(value, str):
+        document.notes.append(f"{COMMAND_LINE}: model is called model.model_name_or_path here")
+        value = {"model_name_or_path": value}
     if value is MISSING:
         return
     if value is None and key in guide.root.model_fields:
         document.data.pop(key, None)
         return
+    section = key.partition(".")[0]
+    if section not in document.data:
+        document.origins[section] = COMMAND_LINE
     if fault := _set(document.data, key.split("."), value):
         document.problems.append(Problem(key, fault, value, origin=COMMAND_LINE))
         return

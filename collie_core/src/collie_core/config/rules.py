@@ -76,6 +76,13 @@ RULES = (
         lambda config: config.model.config is not None and not isinstance(config.model.config.get("model_type"), str),
     ),
     Rule(
+        "adapter",
+        "an `adapter:` with `model.config`",
+        "an adapter is saved without its base model, and these random weights would be lost",
+        "Train the whole model first, or set model.model_name_or_path.",
+        lambda config: config.adapter is not None and config.model.config is not None,
+    ),
+    Rule(
         "tokenizer.name_or_path",
         "`tokenizer.name_or_path` with `tokenizer.type: byte`",
         "the byte tokenizer is built in and reads no folder",

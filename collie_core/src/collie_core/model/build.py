@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collie_core.plugins import Plugins
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "collie_adapter.json"  # ours, beside what the adapter plugin writes
+PEFT_ADAPTER = "adapter_config.json"
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -118,13 +120,34 @@ def load_pretrained(
         ModelError: see `architecture` and `build_model`.
     """
     folder = Path(str(section.model_name_or_path))
-    described = folder / "adapter_config.json"
-    if not described.is_file():
+    saved = _saved_adapter(folder)
+    if saved is None:
         return new_model(section, registry, tokenizer, dtype)
-    adapter = json.loads(described.read_text())
-    base = section.model_copy(update={"model_name_or_path": adapter["base_model_name_or_path"]})
-    model = new_model(base, registry, tokenizer, dtype)
-    return cast(nn.Module, registry.load("adapter", adapter["peft_type"].lower()).load(model, folder))
+    model = new_model(section.model_copy(update={"model_name_or_path": saved.base}), registry, tokenizer, dtype)
+    return cast(nn.Module, registry.load("adapter", saved.type).load(model, folder))
+
+
+class SavedAdapter(NamedTuple):
+    """What an adapter's folder says of itself."""
+
+    type: str  # the plugin's name
+    base: str  # folder or hub id of the model it sits on
+
+
+def describe_adapter(folder: Path, type: str, base: str) -> None:
+    """Write down which plugin reads the adapter in `folder`, and its base model (a local one by its full path)."""
+    base = str(Path(base).resolve()) if Path(base).exists() else base
+    (folder / ADAPTER).write_text(json.dumps({"type": type, "base": base}, indent=2) + "\n")
+
+
+def _saved_adapter(folder: Path) -> SavedAdapter | None:
+    """The adapter in a folder that CoLLiE or peft wrote; None when it holds none."""
+    if (folder / ADAPTER).is_file():
+        return SavedAdapter(**json.loads((folder / ADAPTER).read_text()))
+    if (folder / PEFT_ADAPTER).is_file():
+        found = json.loads((folder / PEFT_ADAPTER).read_text())
+        return SavedAdapter(found["peft_type"].lower(), found["base_model_name_or_path"])
+    return None
 
 
 def new_model(

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collie_core.generate import SampleText
 
 TARGET_STYLE = "bold green"
-MODEL_CONFIG = "config.json"  # in the folder of a whole model
 TARGET_MARKS = ("«", "»")  # where there is no colour
 
 
@@ -264,9 +263,7 @@ def _epochs(value: float) -> str:
 
 def end_rows(run: Run, saved: Path | None, prompt: str = "") -> Iterator[tuple[str, str]]:
     """Where everything lies and what to type next."""
-    if saved is not None and not (saved / MODEL_CONFIG).exists():
-        yield "saved", str(saved)  # an adapter alone is no model that the commands below could load
-    elif saved is not None:
+    if saved is not None:
         model = shlex.quote(str(saved))
         typed = shlex.quote(prompt) if prompt.isprintable() and 0 < len(prompt) <= 80 else '"..."'
         yield "try it", f"collie generate {typed} --model {model}"

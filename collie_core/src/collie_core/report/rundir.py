@@ -44,6 +44,7 @@ OWN_FILES = (
     f"{MODEL}/config.json",
     f"{MODEL}/generation_config.json",
     f"{MODEL}/adapter_config.json",
+    f"{MODEL}/collie_adapter.json",
     f"{MODEL}/tokenizer*",
     f"{MODEL}/special_tokens_map.json",
     f"{MODEL}/added_tokens.json",
