@@ -103,7 +103,7 @@ _free = st.recursive(
 def test_any_text_and_number_reads_back(free: dict[str, Any], path: str) -> None:
     if "<<" in str(free):
         return
-    config = RunConfig(model={"config": {"model_type": "x", **free}}, tokenizer="byte", data={"train": path})
+    config = RunConfig(model={"config": {**free, "model_type": "x"}}, tokenizer="byte", data={"train": path})
     assert RunConfig.from_text(config.to_yaml()) == config
 
 
