@@ -21,7 +21,13 @@ from collie_core.model.build import describe_adapter
 from collie_core.model.export import save_pretrained, write_folder
 from collie_core.parts import EvalFn, HandedIn, Parts
 from collie_core.plugins import check_agreement
-from collie_core.report import prepare_run_directory, refuse_used_directory, run_facts, standard_observers
+from collie_core.report import (
+    prepare_run_directory,
+    refuse_used_directory,
+    run_facts,
+    run_identity,
+    standard_observers,
+)
 from collie_core.report.meter import Meter
 
 if TYPE_CHECKING:
@@ -151,6 +157,7 @@ class Trainer:
         self.parts.build()  # first of all: what is wrong with a part leaves no directory behind
         run, registry = self.run, self.config.registry
         run.facts.update(run_facts(self.parts))
+        self.topology.require_same(run_identity(self.config))
         check_agreement(registry.used(), self.topology)
         if self.topology.is_main:
             prepare_run_directory(self.config, registry.used())

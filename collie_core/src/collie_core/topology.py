@@ -6,6 +6,7 @@ Only `Topology.start` touches `torch.distributed`; everything else asks the valu
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -58,12 +59,14 @@ class Topology:
         if wanted not in ("auto", world_size):
             raise RunError(
                 f"parallel.data_parallel_size={wanted} needs {wanted} processes, but {world_size} were started; "
-                f"set it to auto, or start the run with torchrun --nproc-per-node {wanted}"
+                f"set it to auto, or start the run with --nproc {wanted}"
             )
         if world_size == 1:
             return cls()
         if not dist.is_initialized():
             backend = "nccl" if torch.cuda.is_available() else "gloo"
+            if torch.cuda.is_available():
+                torch.cuda.set_device(local_rank)
             dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout_s))
         return cls(Axis(world_size, rank, dist.group.WORLD), Axis(), Axis(), world_size, rank, local_rank)
 
@@ -94,6 +97,18 @@ class Topology:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        """Stop on every rank when a fact differs between them. Collective.
+
+        Raises:
+            RunError: names the fact, the rank and both values.
+        """
+        everyone = self.gather_objects(dict(facts))
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs.get(name) != value:
+                    raise RunError(f"rank {rank} has {name} {theirs.get(name)!r}, and rank 0 has {value!r}")
 
     def barrier(self) -> None:
         """Wait for all ranks."""

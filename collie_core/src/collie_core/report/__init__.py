@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from collie_core.report.rundir import prepare_run_directory, refuse_used_directory
+from collie_core.report.rundir import prepare_run_directory, refuse_used_directory, run_identity
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
     from collie_core.parts import Parts
     from collie_core.topology import Topology
 
-__all__ = ["prepare_run_directory", "refuse_used_directory", "run_facts", "standard_observers"]
+__all__ = ["prepare_run_directory", "refuse_used_directory", "run_facts", "run_identity", "standard_observers"]
 
 
 def standard_observers(config: RunConfig, topology: Topology) -> list[object]:

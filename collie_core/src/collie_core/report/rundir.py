@@ -102,6 +102,12 @@ def prepare_run_directory(config: RunConfig, registry_table: Sequence[Mapping[st
     return output_dir
 
 
+def run_identity(config: RunConfig) -> dict[str, str]:
+    """What must be the same on every rank for their numbers to belong together."""
+    versions = {name: metadata.version(name) for name in ("collie-core", "torch", "transformers")}
+    return {"the configuration": config.to_yaml(), **versions}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented, strict JSON. What JSON does not know is written as text."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str)

@@ -1,0 +1,150 @@
+"""`collie train --nproc N`: the same numbers as one process, and one sentence when a rank fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+FAULTS = """
+import os, signal, time
+from collie_core.api import RunError, hookimpl
+
+@hookimpl
+def collie_after_step(run):
+    fault = os.environ.get("FAULT", "")
+    if run.step == 2 and run.topology.rank == 1:
+        if fault == "error":
+            raise RunError("the cable of rank one is cut")
+        if fault == "bug":
+            raise ZeroDivisionError("a bug of rank one")
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "slow":
+        time.sleep(0.5)
+"""
+
+
+@pytest.fixture
+def run_file(tiny_llama: Path, instructions: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    sections = {
+        "model": {"model_name_or_path": str(tiny_llama)},
+        "data": {"train": str(instructions), "max_length": 128, "cache_dir": str(tmp_path / "cache")},
+        "train": {"max_steps": 4, "global_batch_size": 8, "output_dir": str(tmp_path / "run")},
+        "optimizer": {"type": "adamw", "lr": 1e-3},
+    }
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Path:
+    """A hooks plugin on the path that fails on rank 1 as the variable FAULT says."""
+    site = tmp_path / "site"
+    info = site / "collie_faults-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: collie-faults\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[collie.hooks]\nfaults = collie_faults\n")
+    (site / "collie_faults.py").write_text(FAULTS)
+    return site
+
+
+def command(run_file: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "collie_core.cli", "train", str(run_file), *more]
+
+
+def environment(**more: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return clean | {"OMP_NUM_THREADS": "1"} | more
+
+
+def collie(run_file: Path, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(run_file, *more), env=environment(**variables), capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_give_the_losses_of_one(run_file: Path, tmp_path: Path) -> None:
+    for processes in (1, 2):
+        done = collie(run_file, "--nproc", str(processes), f"train.output_dir={tmp_path / str(processes)}")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("step 4/4") == 1  # one process talks
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == len(two) == 4
+    assert max(abs(first - second) for first, second in zip(one, two, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("error", "rank 1 of 2 failed: the cable of rank one is cut"),
+        ("bug", "ZeroDivisionError: a bug of rank one"),
+        ("kill", "rank 1 of 2 was ended by SIGKILL"),
+    ],
+)
+def test_a_rank_that_fails_ends_all_with_its_reason(fault: str, said: str, run_file: Path, faults: Path) -> None:
+    began = time.monotonic()
+    done = collie(run_file, "--nproc", "2", PYTHONPATH=str(faults), FAULT=fault)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.count("rank 1 of 2") == 1
+    assert ("Traceback" in done.stderr) == (fault == "bug")
+    assert time.monotonic() - began < 90  # starting two processes takes most of it
+
+
+def test_a_mistake_is_told_once_and_before_any_process_starts(run_file: Path) -> None:
+    done = collie(run_file, "--nproc", "2", "train.max_stepz=3")
+    assert done.returncode == 2
+    assert done.stderr.count("max_stepz") == 1
+    wrong_size = collie(run_file, "--nproc", "2", "parallel.data_parallel_size=4")
+    assert wrong_size.returncode == 1
+    assert "data_parallel_size=4 needs 4 processes, but 2 were started" in wrong_size.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is told to its children on Linux only")
+def test_a_killed_launcher_leaves_no_orphans(run_file: Path, faults: Path) -> None:
+    process = subprocess.Popen(
+        command(run_file, "--nproc", "2", "train.max_steps=1000"),
+        env=environment(PYTHONPATH=str(faults), FAULT="slow"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 1/" in line:
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def test_under_another_launcher_nproc_is_refused(run_file: Path) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        command(run_file, "--nproc", "2"),
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "a launcher has started the processes already" in done.stderr
