@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from collie_core.api import RunConfig, Trainer
@@ -43,7 +44,10 @@ def our_losses(model: Path, data: Path, output: Path, **changes: Any) -> list[fl
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        sections.setdefault(section, {})[name] = value
+        if name:
+            sections.setdefault(section, {})[name] = value
+        else:
+            sections[section] = value
     record = Record()
     Trainer(RunConfig(**sections), callbacks=[record], observers=()).train()
     return record.losses
@@ -136,6 +140,25 @@ def test_deepspeed_gives_the_same_losses(stage: int, tiny_llama: Path, instructi
     assert largest_difference(ours, zero) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_lora_under_zero_trains_and_saves_the_same(
+    stage: int, tiny_llama: Path, instructions: Path, tmp_path: Path
+) -> None:
+    adapter = {"type": "lora", "r": 4, "target_modules": ["q_proj", "down_proj"]}
+    changes: dict[str, Any] = {"adapter": adapter, "optimizer__lr": 1e-2}
+    weights = []
+    for zero_stage in (0, stage):
+        losses = our_losses(tiny_llama, instructions, tmp_path, parallel__zero_stage=zero_stage, **changes)
+        weights.append((losses, load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")))
+    (plain, saved), (zero, saved_by_zero) = weights
+    assert plain[-1] < plain[0]
+    assert largest_difference(plain, zero) <= 1e-5
+    assert saved.keys() == saved_by_zero.keys()
+    for name, value in saved.items():
+        torch.testing.assert_close(saved_by_zero[name], value, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("checkpointing", ["full"])
 def test_gradient_checkpointing_changes_nothing(
     checkpointing: str, tiny_llama: Path, instructions: Path, tmp_path: Path
@@ -150,12 +173,18 @@ def losses_on_this_rank(model: Path, data: Path, output: Path, changes: dict[str
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_two_ranks_give_the_losses_of_one(
     stage: int, packing: bool, zygote: Any, tiny_llama: Path, instructions: Path, tmp_path: Path
 ) -> None:
     one = our_losses(tiny_llama, instructions, tmp_path)
-    changes = {"train__per_device_train_batch_size": 4, "parallel__zero_stage": stage, "data__packing": packing}
+    changes = {
+        "train__per_device_train_batch_size": 4,
+        "parallel__zero_stage": stage,
+        "data__packing": packing,
+        "data__eval": str(instructions),
+        "evaluation__print_samples": 2,
+    }
     both = zygote.run(__file__, "losses_on_this_rank", world_size=2, args=(tiny_llama, instructions, tmp_path, changes))
     assert both[0] == both[1]
     assert largest_difference(one, both[0]) <= 1e-5

@@ -406,3 +406,20 @@ def test_a_chat_template_of_the_run_is_exported(sections: Sections, tmp_path: Pa
     Trainer(RunConfig(**sections), train_dataset=rows, observers=()).train()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert "assistant" in tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
+
+
+def test_evaluation_needs_no_training_data(sections: Sections, tmp_path: Path, capsys: Any) -> None:
+    del sections["data"]["train"]
+    path = write_yaml(sections, tmp_path / "run.yaml")
+    assert main(["eval", str(path)]) == 0
+    assert "eval/perplexity" in capsys.readouterr().out
+    assert main(["train", str(path)]) == 2
+    assert "data.train" in capsys.readouterr().err
+
+
+def test_a_trainer_trains_once(sections: Sections) -> None:
+    sections["train"] |= {"overwrite_output_dir": True, "max_steps": 1}
+    trainer = Trainer(RunConfig(**sections), observers=())
+    trainer.train()
+    with pytest.raises(RunError, match="has trained already"):
+        trainer.train()

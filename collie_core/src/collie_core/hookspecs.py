@@ -116,7 +116,7 @@ class Run:
     topology: Topology
     model: nn.Module
     output_dir: Path
-    max_steps: int
+    max_steps: int = 0  # known once training starts
     step: int = 0  # finished optimizer steps
     epoch: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)  # parameters, samples, steps, ...: shown before step 1

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from collie_core.engine.step import LossFn, TrainFn, token_mean_loss
+from collie_core.errors import RunError
 from collie_core.evaluate.perplexity import feed
 from collie_core.generate import SampleText, sample_texts
 from collie_core.hookspecs import Run
@@ -89,8 +90,7 @@ class Trainer:
     @cached_property
     def run(self) -> Run:
         """What hooks see of this run."""
-        output_dir = Path(self.config.train.output_dir)
-        return Run(self.config, self.topology, self.parts.model, output_dir, self.parts.max_steps)
+        return Run(self.config, self.topology, self.parts.model, Path(self.config.train.output_dir))
 
     def train(self) -> dict[str, float]:
         """Train, evaluate and export; returns the last logged numbers and evaluation results.
@@ -132,18 +132,20 @@ class Trainer:
         batches = parts.eval_batches(parts.eval_dataset)
         evaluate = parts.given.eval_fn or self._run_evaluators
         named = {f"eval/{name}": float(value) for name, value in evaluate(model, batches).items()}
+        samples = self._sample_texts()
         if self.topology.is_main:
-            self.hooks.collie_evaluated(run=self.run, results=named, samples=self._sample_texts())
+            self.hooks.collie_evaluated(run=self.run, results=named, samples=samples)
         self.results |= named
         return named
 
     def save_model(self, path: str | Path) -> Path:
         """Export to the transformers format, or an adapter alone to the peft format: whole or not at all."""
         path = Path(path)
-        state = self.parts.step.state_dict() if self.parts.training else self.model.state_dict()
-        if self.topology.is_main:
-            write_folder(path, lambda folder: self._write_model(folder, state))
-            self.hooks.collie_checkpoint_saved(run=self.run, path=path)
+        write = self._write_model if self.config.adapter is None else self._write_adapter
+        with self.parts.whole_weights() as state:
+            if self.topology.is_main:
+                write_folder(path, lambda folder: write(folder, state))
+                self.hooks.collie_checkpoint_saved(run=self.run, path=path)
         self.topology.barrier()
         return path
 
@@ -152,10 +154,13 @@ class Trainer:
     @contextmanager
     def _recorded(self) -> Iterator[Run]:
         """The run with its directory and facts; its end is told to the hooks whatever happens."""
+        if self.parts.training:
+            raise RunError("this Trainer has trained already; make a new one for another run")
         if self.topology.is_main:
             refuse_used_directory(self.config)
         self.parts.build()  # first of all: what is wrong with a part leaves no directory behind
         run, registry = self.run, self.config.registry
+        run.max_steps = self.parts.max_steps
         run.facts.update(run_facts(self.parts))
         self.topology.require_same(run_identity(self.config))
         check_agreement(registry.used(), self.topology)
@@ -194,8 +199,10 @@ class Trainer:
         return results
 
     def _sample_texts(self) -> list[SampleText]:
+        """Answers to the first held-out prompts. Under ZeRO-3 every rank must take part in a forward."""
         count, dataset = self.config.evaluation.print_samples, self.parts.eval_dataset
-        if not count or dataset is None:
+        alone = self.config.parallel.zero_stage < 3
+        if not count or dataset is None or (alone and not self.topology.is_main):
             return []
         with self.parts.precision():
             return sample_texts(cast("PreTrainedModel", self.model), self.parts.tokenizer, dataset, count)
@@ -207,10 +214,11 @@ class Trainer:
             self.hooks.collie_metrics(run=self.run, values=dict(self.results))
 
     def _write_model(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        adapter, tokenizer = self.config.adapter, self.parts.tokenizer
-        if adapter is not None:
-            self.config.registry.load("adapter", adapter.type).save(self.model, folder)
-            describe_adapter(folder, adapter.type, str(self.config.model.model_name_or_path or ""))
-            tokenizer.save_pretrained(folder)
-        else:
-            save_pretrained(folder, cast("PreTrainedModel", self.model), state, tokenizer, self.parts.dtype)
+        save_pretrained(folder, cast("PreTrainedModel", self.model), state, self.parts.tokenizer, self.parts.dtype)
+
+    def _write_adapter(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        adapter = self.config.adapter
+        assert adapter is not None
+        self.config.registry.load("adapter", adapter.type).save(self.model, folder)
+        describe_adapter(folder, adapter.type, str(self.config.model.model_name_or_path or ""))
+        self.parts.tokenizer.save_pretrained(folder)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -52,7 +52,7 @@ class Parts:
     """Everything the loop drives."""
 
     def __init__(self, config: RunConfig, given: HandedIn) -> None:
-        require_parts(config, model=given.model is not None, train_data=given.train_dataset is not None)
+        require_parts(config, model=given.model is not None, train_data=True)  # evaluation needs none
         self.config = config
         self.given = given
         self.registry = config.registry
@@ -62,6 +62,7 @@ class Parts:
 
     def build(self) -> None:
         """Everything that training needs, in the order in which mistakes are cheapest to find."""
+        require_parts(self.config, model=True, train_data=self.given.train_dataset is not None)
         _ = self.tokenizer, self.model, self.train_dataset, self.eval_dataset, self.parameter_counts, self.step
 
     @cached_property
@@ -204,6 +205,20 @@ class Parts:
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context of a forward pass outside training."""
         return self.step.precision() if self.training else autocast(self.device, self.dtype)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[Mapping[str, Tensor]]:
+        """The weights of the whole model by name, on the main rank; the trainable ones also inside the model.
+
+        Collective: under ZeRO-3 every rank enters. With an adapter the frozen base is not gathered.
+        """
+        if not self.training:
+            yield self.model.state_dict()
+        elif self.config.adapter is None:
+            yield self.step.state_dict()
+        else:
+            with self.step.gathered():
+                yield {}
 
     def _optimizer(self) -> Optimizer:
         given, section = self.given.optimizer, self.config.optimizer

@@ -159,6 +159,22 @@ def test_a_gradient_that_is_not_a_number_stops_before_the_update() -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_too_applies_no_gradient_that_is_not_a_number(stage: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of collie-core and is not installed")
+    step = deepspeed_step(stage, dtype)
+    before = copy.deepcopy(dict(step.state_dict()))
+    step.train_fn = lambda model, batch, targets: model(batch.input_ids).logits.sum() * float("nan")  # type: ignore[attr-defined]
+    batch = make_batches()[0]
+    step.forward_backward(batch, batch.target_tokens)
+    with pytest.raises(RunError, match=r"update was not applied"):
+        step.update()
+    for name, value in step.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_token_mean_ignores_masked_and_unpredicted_positions() -> None:
     logits = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[-100, 1, 2, -100, 3], [-100, -100, 4, 5, -100]])

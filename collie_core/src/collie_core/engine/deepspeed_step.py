@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,15 @@ class DeepSpeedStep:
         if self.stage < 3:
             return module.state_dict()  # type: ignore[no-any-return]
         return _gathered_state_dict(module, keep=self.topology.is_main)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """See `Step`."""
+        if self.stage < 3:
+            return nullcontext()
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        trainable = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
+        return cast(AbstractContextManager[Any], GatheredParameters(trainable))
 
 
 def _initialize(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], topology: Topology) -> Any:

@@ -7,7 +7,7 @@ its update into backward is a class here and no branch there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -57,7 +57,10 @@ class Step(Protocol):
         """The autocast context of a forward pass."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """The weights of the whole model under the names of `model`, on the main rank."""
+        """The weights of the whole model under its own names, on the main rank. Collective."""
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Inside, the trainable weights stand whole in the model. Collective."""
 
 
 def token_mean_loss(outputs: Any, labels: Tensor, target_tokens: int) -> Tensor:
@@ -170,6 +173,10 @@ class TorchStep:
     def state_dict(self) -> Mapping[str, Tensor]:
         """See `Step`."""
         return self._model.state_dict()
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """See `Step`: they always do."""
+        return nullcontext()
 
     def _sum_over_data(self, loss: Tensor) -> None:
         """Every rank's gradients and loss become those of the global batch."""
