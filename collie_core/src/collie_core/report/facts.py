@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from collie_core.data.dataset import segments
+from collie_core.report import text
 
 if TYPE_CHECKING:
     from collie_core.parts import Parts
@@ -23,7 +24,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "precision": str(parts.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else "CPU",
         "engine": "torch" if config.parallel.zero_stage == 0 else f"DeepSpeed ZeRO-{config.parallel.zero_stage}",
-        "optimizer": config.optimizer.type,
+        "optimizer": _optimizer(parts, trainable),
         "global_batch_size": parts.global_batch_size,
         "per_device_train_batch_size": parts.micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps(data_parallel),
@@ -37,3 +38,12 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "plugins": [f"{row['name']} ({row['distribution']} {row['version']})" for row in parts.registry.used()],
         "sample": segments(samples[0], parts.tokenizer),
     }
+
+
+def _optimizer(parts: Parts, trainable: int) -> str:
+    """Name, learning rate, and what it declares to keep beside the weights."""
+    if parts.given.optimizer is not None:
+        return "handed in"
+    section = parts.config.optimizer
+    state = trainable * parts.registry.component("optimizer", section.type).can.state_bytes_per_parameter  # type: ignore[attr-defined]
+    return f"{section.type}, lr {section.lr:g}, {text.memory(state)} of state"
