@@ -188,7 +188,7 @@ class Parts:
         from collie_core.engine.deepspeed_step import DeepSpeedStep, deepspeed_config
 
         config = deepspeed_config(
-            zero_stage=stage,
+            parallel=self.config.parallel,
             dtype=self.dtype,
             micro_batch_size=self.micro_batch_size,
             data_parallel_size=self.topology.dp.size,

@@ -21,6 +21,8 @@ BREAKS: dict[str, dict[str, Any]] = {
     "model.model_name_or_path": {"model": {}},
     "parallel.tensor_parallel_size": {"parallel": {"tensor_parallel_size": 2}},
     "parallel.pipeline_parallel_size": {"parallel": {"pipeline_parallel_size": 2}},
+    "parallel.offload_optimizer": {"parallel": {"offload_optimizer": True}},
+    "parallel.offload_param": {"parallel": {"zero_stage": 2, "offload_param": True}},
     "deepspeed": {"deepspeed": {"a": 1}},
     "model.config": {"model": {**LLAMA, "model_name_or_path": "m"}},
     "model.config.model_type": {"model": {"config": {}}, "tokenizer": "byte"},

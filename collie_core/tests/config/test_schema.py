@@ -38,7 +38,11 @@ def test_it_is_a_schema_of_draft_2020_12(schema: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_fit(schema: dict[str, Any], path: Path) -> None:
-    jsonschema.Draft202012Validator(schema).validate(read_file(path).data)
+    example = read_file(path).data
+    adapter = example.get("adapter", {}).get("type")
+    if adapter is not None and adapter not in Plugins.discover().names("adapter"):
+        pytest.skip(f"the pack of adapter {adapter} is not installed")
+    jsonschema.Draft202012Validator(schema).validate(example)
 
 
 def test_what_is_written_out_fits(schema: dict[str, Any]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from collie_core.config.parallel import ParallelConfig
 from collie_core.engine.deepspeed_config import deepspeed_config, merge
 
 
 def test_golden_zero_2_bfloat16_with_overrides() -> None:
     made = deepspeed_config(
-        zero_stage=2,
+        parallel=ParallelConfig(zero_stage=2),
         dtype=torch.bfloat16,
         micro_batch_size=4,
         data_parallel_size=2,
@@ -34,7 +35,12 @@ def test_golden_zero_2_bfloat16_with_overrides() -> None:
 
 def test_golden_zero_1_float32_without_clipping() -> None:
     made = deepspeed_config(
-        zero_stage=1, dtype=torch.float32, micro_batch_size=1, data_parallel_size=1, max_grad_norm=None, overrides={}
+        parallel=ParallelConfig(zero_stage=1),
+        dtype=torch.float32,
+        micro_batch_size=1,
+        data_parallel_size=1,
+        max_grad_norm=None,
+        overrides={},
     )
     assert made["gradient_clipping"] == 0.0
     assert made["bf16"] == made["fp16"] == {"enabled": False}
@@ -45,3 +51,21 @@ def test_merge_goes_down_into_sections_and_leaves_its_arguments() -> None:
     base, over = {"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 5}, "b": {"z": 1}}
     assert merge(base, over) == {"a": {"x": 1, "y": 5}, "b": {"z": 1}}
     assert base == {"a": {"x": 1, "y": 2}, "b": 3}
+
+
+def test_golden_zero_3_with_offload() -> None:
+    made = deepspeed_config(
+        parallel=ParallelConfig(zero_stage=3, offload_optimizer=True, offload_param=True),
+        dtype=torch.float32,
+        micro_batch_size=1,
+        data_parallel_size=1,
+        max_grad_norm=None,
+        overrides={},
+    )
+    where = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    assert made["zero_optimization"] == {
+        "stage": 3,
+        "overlap_comm": False,
+        "offload_optimizer": where,
+        "offload_param": where,
+    }

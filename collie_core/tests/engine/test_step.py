@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
+from collie_core.config.parallel import ParallelConfig
 from collie_core.data.loader import Batch, StepBatch
 from collie_core.engine.deepspeed_config import deepspeed_config
 from collie_core.engine.step import Step, TorchStep, token_mean_loss
@@ -83,14 +84,19 @@ def torch_step(dtype: torch.dtype = torch.float32) -> TorchStep:
     return TorchStep(model, optimizer, scheduler, topology=Topology(), dtype=dtype, max_grad_norm=CLIP)
 
 
-def deepspeed_step(stage: int, dtype: torch.dtype = torch.float32) -> Step:
+def deepspeed_step(stage: int, dtype: torch.dtype = torch.float32, **offload: bool) -> Step:
     from collie_core.engine.deepspeed_step import DeepSpeedStep
 
     model = make_model()
     optimizer = optimizer_of(model)
     scheduler = get_scheduler("cosine", optimizer, 1, STEPS)
     config = deepspeed_config(
-        zero_stage=stage, dtype=dtype, micro_batch_size=2, data_parallel_size=1, max_grad_norm=CLIP, overrides={}
+        parallel=ParallelConfig.model_validate({"zero_stage": stage, **offload}),
+        dtype=dtype,
+        micro_batch_size=2,
+        data_parallel_size=1,
+        max_grad_norm=CLIP,
+        overrides={},
     )
     return DeepSpeedStep(model, optimizer, scheduler, config=config, topology=Topology())
 
@@ -112,11 +118,21 @@ def test_torch_step_equals_a_hand_written_loop() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_step_equals_a_hand_written_loop(stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (1, {"offload_optimizer": True}),
+        (2, {"offload_optimizer": True}),
+        (3, {"offload_optimizer": True, "offload_param": True}),
+    ],
+)
+def test_deepspeed_step_equals_a_hand_written_loop(stage: int, offload: dict[str, bool]) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of collie-core and is not installed")
     expected, weights = reference(make_batches())
-    step = deepspeed_step(stage)
+    step = deepspeed_step(stage, **offload)
     assert_equal(drive(step, make_batches()), expected, 1e-6)
     state = step.state_dict()
     assert state.keys() == weights.keys()

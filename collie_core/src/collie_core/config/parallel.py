@@ -22,4 +22,6 @@ class ParallelConfig(ConfigModel):
         0,
         description="What data-parallel ranks share: 1 optimizer states, 2 and gradients, 3 and parameters.",
     )
+    offload_optimizer: bool = Field(False, description="Optimizer states and update in CPU memory; zero_stage 1 to 3.")
+    offload_param: bool = Field(False, description="Parameters in CPU memory while no layer needs them; zero_stage 3.")
     timeout_s: float = Field(1800.0, gt=0, le=1e9, description="Seconds until a lost process stops the others.")

@@ -55,6 +55,20 @@ RULES = (
         lambda config: config.parallel.pipeline_parallel_size > 1,
     ),
     Rule(
+        "parallel.offload_optimizer",
+        "`parallel.offload_optimizer` with `parallel.zero_stage: 0`",
+        "DeepSpeed moves optimizer states, and stage 0 is plain torch",
+        "Set parallel.zero_stage to 1, 2 or 3.",
+        lambda config: config.parallel.offload_optimizer and config.parallel.zero_stage == 0,
+    ),
+    Rule(
+        "parallel.offload_param",
+        "`parallel.offload_param` with `parallel.zero_stage` below 3",
+        "only stage 3 takes parameters apart, so that they can lie elsewhere",
+        "Set parallel.zero_stage to 3.",
+        lambda config: config.parallel.offload_param and config.parallel.zero_stage < 3,
+    ),
+    Rule(
         "deepspeed",
         "a `deepspeed:` section with `parallel.zero_stage: 0`",
         "nothing reads it, since stage 0 is plain torch",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collie_core.config.parallel import ParallelConfig
 
 
 def deepspeed_config(
     *,
-    zero_stage: int,
+    parallel: ParallelConfig,
     dtype: torch.dtype,
     micro_batch_size: int,
     data_parallel_size: int,
@@ -22,16 +25,22 @@ def deepspeed_config(
     Accumulation is CoLLiE's: the number of micro-batches may differ from step to step, and each brings its exact
     share of the global token mean.
     """
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "overlap_comm": False,  # DeepSpeed has it for unmanaged accumulation at stage 2 alone
+    }
+    host_memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = host_memory
+    if parallel.offload_param:
+        zero["offload_param"] = host_memory
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "train_batch_size": micro_batch_size * data_parallel_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": max_grad_norm or 0.0,
-        "zero_optimization": {
-            "stage": zero_stage,
-            "overlap_comm": False,  # DeepSpeed has it for unmanaged accumulation at stage 2 alone
-        },
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == torch.bfloat16},
