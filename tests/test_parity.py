@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from collie_core.api import RunConfig, Trainer
 from collie_core.data.loader import sample_order
@@ -159,12 +160,21 @@ def test_lora_under_zero_trains_and_saves_the_same(
         torch.testing.assert_close(saved_by_zero[name], value, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", ["full"])
-def test_gradient_checkpointing_changes_nothing(
-    checkpointing: str, tiny_llama: Path, instructions: Path, tmp_path: Path
+def test_gradient_checkpointing_computes_layers_twice_and_changes_nothing(
+    tiny_llama: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    forwards: list[int] = []
+    original = LlamaMLP.forward
+
+    def counted(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        forwards.append(1)
+        return original(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
     ours = our_losses(tiny_llama, instructions, tmp_path)
-    lean = our_losses(tiny_llama, instructions, tmp_path, model__gradient_checkpointing=checkpointing)
+    once = len(forwards)
+    lean = our_losses(tiny_llama, instructions, tmp_path, model__gradient_checkpointing="full")
+    assert len(forwards) == 3 * once  # as often again, and twice as often
     assert largest_difference(ours, lean) <= 1e-6
 
 

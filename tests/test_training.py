@@ -423,3 +423,32 @@ def test_a_trainer_trains_once(sections: Sections) -> None:
     trainer.train()
     with pytest.raises(RunError, match="has trained already"):
         trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_dropout_is_on_in_training_off_in_evaluation_and_follows_the_seed(zero_stage: int, sections: Sections) -> None:
+    trained_in, evaluated_in = set(), set()
+
+    def eval_fn(model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
+        evaluated_in.update(module.training for module in list(model.modules())[1:])  # an engine itself has no mode
+        return {"nothing": 0.0}
+
+    def losses(seed: int, dropout: float) -> list[float]:
+        sections["adapter"] = {"type": "lora", "lora_dropout": dropout, "init_lora_weights": False}
+        sections["train"] |= {"overwrite_output_dir": True, "seed": seed}
+        sections["parallel"] = {"zero_stage": zero_stage}
+        heard: list[float] = []
+
+        class Losses:
+            def collie_after_step(self, run: Run, loss: Tensor) -> None:
+                trained_in.add(run.model.training)
+                heard.append(loss.item())
+
+        Trainer(RunConfig(**sections), callbacks=[Losses()], eval_fn=eval_fn, observers=()).train()
+        return heard
+
+    dropped = losses(1, 0.5)
+    assert losses(1, 0.5) == dropped
+    assert losses(1, 0.0) != dropped
+    assert (trained_in, evaluated_in) == ({True}, {False})

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from collie_core.engine.step import LossFn, TrainFn, token_mean_loss
 from collie_core.errors import RunError
-from collie_core.evaluate.perplexity import feed
+from collie_core.evaluate.perplexity import evaluating, feed
 from collie_core.generate import SampleText, sample_texts
 from collie_core.hookspecs import Run
 from collie_core.model.build import describe_adapter
@@ -103,6 +103,7 @@ class Trainer:
             if self.config.evaluation.on_start:
                 self.evaluate()
             step, meter = self.parts.step, Meter(self.topology)
+            step.model.train()  # loaded models come in evaluation mode: no dropout, no gradient checkpointing
             for batch in self.parts.loader():
                 torch.manual_seed(self._seed(run.step))
                 self.hooks.collie_before_step(run=run, batch=batch)
@@ -131,8 +132,9 @@ class Trainer:
         model = parts.step.model if parts.training else parts.model
         batches = parts.eval_batches(parts.eval_dataset)
         evaluate = parts.given.eval_fn or self._run_evaluators
-        named = {f"eval/{name}": float(value) for name, value in evaluate(model, batches).items()}
-        samples = self._sample_texts()
+        with evaluating(model):
+            named = {f"eval/{name}": float(value) for name, value in evaluate(model, batches).items()}
+            samples = self._sample_texts()
         if self.topology.is_main:
             self.hooks.collie_evaluated(run=self.run, results=named, samples=samples)
         self.results |= named

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
 
 EvalFn = Callable[[nn.Module, Iterator[Batch]], Mapping[str, float]]
-"""(model, batches) -> results by name; replaces the configured evaluators."""
+"""(model in evaluation mode, batches) -> results by name; replaces the configured evaluators."""
 
 
 @dataclass(frozen=True)

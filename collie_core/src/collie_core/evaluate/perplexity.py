@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,19 +54,25 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits[:, :-1][chosen].float(), ids, reduction="none"), ids
 
 
-@torch.no_grad()
-def feed(
-    metrics: Iterable[Metric], model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager[Any]
-) -> None:
-    """Run the model in evaluation mode over `batches` and give each metric the token losses."""
-    metrics, was_training = list(metrics), model.training
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and without gradients; afterwards the model is in the mode it was in."""
+    was_training = model.training
     model.eval()
     try:
-        for batch in batches:
-            with precision:
-                logits = model(**batch.inputs(), use_cache=False).logits
-            losses, ids = token_losses(logits, batch.labels)
-            for metric in metrics:
-                metric.update(losses, ids)
+        with torch.no_grad():
+            yield
     finally:
         model.train(was_training)
+
+
+def feed(
+    metrics: Sequence[Metric], model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager[Any]
+) -> None:
+    """Run the model over `batches` and give each metric the token losses."""
+    for batch in batches:
+        with precision:
+            logits = model(**batch.inputs(), use_cache=False).logits
+        losses, ids = token_losses(logits, batch.labels)
+        for metric in metrics:
+            metric.update(losses, ids)
