@@ -218,6 +218,29 @@ def test_an_error_in_a_hook_stops_the_run_and_its_end_is_told(sections: Sections
     assert events.heard[-1] == "end the disk is on fire"
 
 
+def test_targets_that_a_hook_masks_are_not_counted(sections: Sections) -> None:
+    """The mean over the targets that are left is that of a run whose other half was never there."""
+
+    class Masking(Events):
+        def collie_before_step(self, batch: Any) -> None:
+            (only,) = batch.micro_batches
+            only.labels[2:] = -100
+            kept = only.input_ids[:2], only.labels[:2]
+            self.kept = Batch(*kept)
+
+        def collie_before_update(self, run: Run) -> None: ...
+
+        def collie_after_step(self, run: Run, loss: Tensor) -> None:
+            self.loss = loss.item()
+
+    sections["evaluation"] = {}
+    sections["train"] |= {"max_steps": 1}
+    masking, model = Masking(), LlamaForCausalLM.from_pretrained(sections["model"]["model_name_or_path"])
+    Trainer(RunConfig(**sections), callbacks=[masking], observers=()).train()
+    expected = model(input_ids=masking.kept.input_ids, labels=masking.kept.labels).loss.item()
+    assert masking.loss == pytest.approx(expected, rel=1e-6)
+
+
 def test_every_part_can_be_handed_in(tiny_llama: Path, tmp_path: Path) -> None:
     """Only sizes come from the configuration; each part is seen at work."""
     seen: set[str] = set()

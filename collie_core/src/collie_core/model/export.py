@@ -34,7 +34,7 @@ def save_pretrained(
     dtype: torch.dtype,
 ) -> None:
     """Write the weights of `state` in `dtype` with the model's config, and the tokenizer."""
-    weights = {name: value.to(dtype) for name, value in state.items()}
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     written_before = model.config.dtype
     model.config.dtype = dtype
     try:
