@@ -666,14 +666,14 @@ ROW = {
 }
 RANK = """
 import json, sys
-from types import SimpleNamespace
+from collie_core.topology import Topology
 import torch.distributed as dist
 from collie_core.errors import PluginError
 from collie_core.plugins import check_agreement
 rank, store, table = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 try:
-    check_agreement(table, SimpleNamespace(rank=rank, world_size=2))
+    check_agreement(table, Topology(rank=rank, world_size=2))
     print("agreed")
 except PluginError as error:
     print(error)

@@ -188,8 +188,7 @@ class Trainer:
 
     def _target_tokens(self, batch: StepBatch) -> int:
         """Of the global batch, counted now: a hook may have masked some."""
-        here = sum(micro_batch.target_tokens for micro_batch in batch.micro_batches)
-        return max(1, int(self.topology.sum_over_data(here)))
+        return max(1, int(self.topology.sum_over_data(batch.target_tokens)))
 
     def _run_evaluators(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
         registry, sections = self.config.registry, self.config.evaluation.evaluators

@@ -130,10 +130,11 @@ class Parts:
     @cached_property
     def total_samples(self) -> int:
         """Samples of the whole run, each counted as often as it is seen."""
-        train = self.config.train
-        if train.max_steps is not None:
-            return train.max_steps * self.global_batch_size
-        return max(1, round(self.train_dataset.samples_per_epoch * (train.num_train_epochs or 1.0)))
+        steps, epochs = self.config.train.max_steps, self.config.num_train_epochs
+        if steps is not None:
+            return steps * self.global_batch_size
+        assert epochs is not None
+        return max(1, round(self.train_dataset.samples_per_epoch * epochs))
 
     @property
     def max_steps(self) -> int:

@@ -697,10 +697,7 @@ def check_agreement(table: list[dict[str, str]], topology: Topology) -> None:
     """
     if topology.world_size == 1:
         return
-    from torch import distributed
-
-    tables: list[Any] = [None] * topology.world_size
-    distributed.all_gather_object(tables, table)
+    tables = topology.gather_objects(table)
     for rank, other in enumerate(tables):
         if difference := _difference(tables[0], other, rank):
             raise PluginError(f"{difference} Install the same plugins for every process.")

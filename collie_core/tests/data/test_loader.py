@@ -255,7 +255,7 @@ def test_evaluation_sees_each_sample_once_over_all_ranks(lengths: list[int], bat
     data = dataset(lengths)
     options = {"batch_size": batch_size, "pad_token_id": PAD}
     ranks = [list(eval_batches(data, rank=rank, size=size, **options)) for rank in range(size)]
-    step = StepBatch([batch for rank in ranks for batch in rank], 0, 0, 0, 0.0)
+    step = StepBatch([batch for rank in ranks for batch in rank], 0, 0, 0.0)
     assert samples_of(step) == Counter(dict(enumerate(lengths)))
     assert len(set(map(len, ranks))) == 1
 

@@ -46,8 +46,7 @@ def make_batches(rows: int = 2) -> list[StepBatch]:
             labels[:, 0] = -100
             labels[0, :4] = -100
             micro_batches.append(Batch(ids, labels, None))
-        targets = sum(batch.target_tokens for batch in micro_batches)
-        steps.append(StepBatch(micro_batches, samples=2, target_tokens=targets, tokens=0, epoch=0.0))
+        steps.append(StepBatch(micro_batches, samples=2, tokens=0, epoch=0.0))
     return steps
 
 

@@ -62,9 +62,13 @@ class StepBatch:
 
     micro_batches: list[Batch]
     samples: int  # of the global batch, over all ranks: what the position in the data advances by
-    target_tokens: int  # of this rank
     tokens: int  # of this rank, without padding
     epoch: float  # the position after this step, in epochs
+
+    @property
+    def target_tokens(self) -> int:
+        """Of this rank, as its labels are now."""
+        return sum(batch.target_tokens for batch in self.micro_batches)
 
 
 class EpochOrder:
@@ -213,7 +217,6 @@ class Loader(Dataset[StepBatch]):
         return StepBatch(
             micro_batches,
             samples=len(indices),
-            target_tokens=sum(batch.target_tokens for batch in micro_batches),
             tokens=int(lengths[self.rank :: self.size].sum()),
             epoch=stop / self.order.samples_per_epoch,
         )
