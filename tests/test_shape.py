@@ -108,4 +108,5 @@ def test_the_core_imports_no_pack() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not any(name.startswith(("collie_llama", "collie_optim", "collie_peft")) for name in names), file
+            packs = ("collie_internlm", "collie_llama", "collie_optim", "collie_peft")
+            assert not any(name.startswith(packs) for name in names), file

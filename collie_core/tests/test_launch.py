@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "T
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_die_with_parent", lambda: None)  # nor when the thread that started pytest ends
     for name in (*LAUNCHER, "SLURM_STEP_NUM_TASKS"):
         monkeypatch.setenv(name, "x")  # so that what a test sets is taken back
         monkeypatch.delenv(name)
@@ -72,28 +74,42 @@ def failure(exitcode: int, reason: dict[str, Any] | None, timestamp: int = 0) ->
     return SimpleNamespace(exitcode=exitcode, error_file_data=reason or {"message": "<none>"}, timestamp=timestamp)
 
 
-def written(error: Exception, at: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(launch.time, "time", lambda: at)
-    try:
-        raise error
-    except type(error) as caught:
-        record: dict[str, Any] = json.loads(json.dumps(launch._record(caught)))
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, float], dict[str, Any]]:
+    """What a rank leaves behind that fails at a time."""
+
+    def leave(error: Exception, at: float) -> dict[str, Any]:
+        ended: list[int] = []
+        monkeypatch.setattr("collie_core.watch.time.time", lambda: at)
+        monkeypatch.setattr(launch.os, "_exit", ended.append)
+        for name, value in {launch.OURS: "1", "RANK": "0", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "x")}.items():
+            monkeypatch.setenv(name, value)
+        with launch.reported_to_launcher():
+            raise error
+        assert ended == [1]
+        record: dict[str, Any] = json.loads((tmp_path / "x").read_text())
         return record
 
+    return leave
 
-def test_the_first_reason_is_told_and_its_echoes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_the_first_reason_is_told_and_its_echoes_are_not(
+    written: Callable[[Exception, float], dict[str, Any]],
+) -> None:
     """Within one second: rank 0 hears of the lost rank 1 a moment later, and rank 2 is ended by the launcher."""
     failures = {
-        0: failure(1, written(ConnectionError("reset by peer"), 100.6, monkeypatch)),
-        1: failure(1, written(DataError("rows.jsonl:3: this is not JSON"), 100.2, monkeypatch)),
+        0: failure(1, written(ConnectionError("reset by peer"), 100.6)),
+        1: failure(1, written(DataError("rows.jsonl:3: this is not JSON"), 100.2)),
         2: failure(-signal.SIGTERM, None, timestamp=99),
     }
     reason = launch._first_reason(SimpleNamespace(failures=failures), 3)  # type: ignore[arg-type]
     assert reason == "rank 1 of 3 failed: rows.jsonl:3: this is not JSON"
 
 
-def test_a_bug_is_told_with_its_traceback_and_a_kill_by_its_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    bug = {0: failure(1, written(KeyError("lost"), 1.0, monkeypatch))}
+def test_a_bug_is_told_with_its_traceback_and_a_kill_by_its_signal(
+    written: Callable[[Exception, float], dict[str, Any]],
+) -> None:
+    bug = {0: failure(1, written(KeyError("lost"), 1.0))}
     assert "Traceback" in launch._first_reason(SimpleNamespace(failures=bug), 2)  # type: ignore[arg-type]
     killed = {1: failure(-signal.SIGKILL, None)}
     said = launch._first_reason(SimpleNamespace(failures=killed), 2)  # type: ignore[arg-type]

@@ -1,27 +1,31 @@
-"""The llama family says nothing beyond its name."""
-
 from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module, metadata
 
 import pytest
 from transformers import LlamaConfig
 
-from collie_core.api import Component
-from collie_llama import LLAMA
-from collie_llama.family import FAMILY
+import collie_llama
+from collie_core.api import Component, StockFamily
+from collie_llama.family import LLAMA
+
+NAMES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
-def test_component_points_at_the_family() -> None:
-    assert isinstance(LLAMA, Component)
-    assert LLAMA.build == "collie_llama.family:FAMILY"
-    assert LLAMA.config == ""
-    assert FAMILY.model_type == "llama"
+@pytest.mark.parametrize("name", NAMES)
+def test_component_points_at_the_family(name: str) -> None:
+    component = getattr(collie_llama, name.upper())
+    assert isinstance(component, Component)
+    assert (component.build, component.config) == (f"collie_llama.family:{name.upper()}", "")
+    assert getattr(import_module("collie_llama.family"), name.upper()) == StockFamily(name)
+    points = metadata.distribution("collie-llama").entry_points.select(group="collie.model", name=name)
+    assert [point.value for point in points] == [f"collie_llama:{name.upper()}"]
 
 
 def test_config_is_the_one_of_transformers() -> None:
-    config = FAMILY.make_config({"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3})
+    config = LLAMA.make_config({"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3})
     assert isinstance(config, LlamaConfig)
     assert (config.hidden_size, config.num_hidden_layers) == (32, 3)
 

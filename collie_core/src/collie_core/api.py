@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         Server,
     )
     from collie_core.loop import Trainer
-    from collie_core.model.family import StockFamily
+    from collie_core.model.family import Source, StockFamily
     from collie_core.plugins import hookimpl
     from collie_core.topology import Topology
 
@@ -50,6 +50,7 @@ _HOME = {
     "RunConfig": "config.run",
     "RunError": "errors",
     "Server": "hookspecs",
+    "Source": "model.family",
     "StockFamily": "model.family",
     "Topology": "topology",
     "Trainer": "loop",
@@ -77,6 +78,7 @@ __all__ = [
     "RunConfig",
     "RunError",
     "Server",
+    "Source",
     "StockFamily",
     "Topology",
     "Trainer",

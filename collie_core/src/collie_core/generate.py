@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from collie_core.model.stages import stage_cache
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +29,7 @@ def generate(
 
     `temperature` 0 is greedy; otherwise tokens are sampled, reproducibly for a seed: the caller's random state is
     left as it was. Prompts of different lengths are padded on the left and attend to their own tokens only.
+    Collective over the ranks that hold a copy of the model: all give the same prompts and get the same answers.
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -49,6 +52,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             eos_token_id=tokenizer.eos_token_id,
+            past_key_values=stage_cache(model),
             **options,
         )
     model.train(was_training)

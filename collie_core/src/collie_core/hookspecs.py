@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import PretrainedConfig
 
+    from collie_core.config.parallel import ParallelConfig
     from collie_core.config.run import RunConfig
     from collie_core.generate import SampleText
     from collie_core.topology import Topology
@@ -57,12 +58,18 @@ class Component:
 
 
 class ModelFamily(Protocol):
-    """What is special about a model family. A family that transformers contains says nothing but its name."""
+    """What is special about a model family. A family that transformers contains says nothing but its name.
+
+    `StockFamily` has these and every declaration of the partition (`tensor_plan`, `pipeline_plan`, `weights`, ...).
+    """
 
     model_type: str  # the `model_type` of its config.json
 
     def make_config(self, raw: Mapping[str, Any]) -> PretrainedConfig:
         """The transformers config for the raw config.json of this family."""
+
+    def write_config(self, config: PretrainedConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The config.json of an export; `raw` is the one that was read."""
 
 
 class OptimizerFactory(Protocol):
@@ -145,9 +152,18 @@ class Hooks:
     )
 
     def collie_build_model_partition(  # type: ignore[empty-body]
-        self, target: ModelFamily, config: PretrainedConfig, weights: str | None
+        self,
+        target: ModelFamily,
+        config: PretrainedConfig,
+        weights: str | None,
+        topology: Topology,
+        parallel: ParallelConfig,
+        store: Any,
     ) -> nn.Module:
-        """Build this rank's part of the model with `weights` of a folder or hub id, or random ones (None)."""
+        """Build this rank's part of the model with `weights` of a folder or hub id, or random ones (None).
+
+        `store(module, name, shape, read)` puts one parameter into its module; see `collie_core.model.weights`.
+        """
 
     def collie_build_optimizer(  # type: ignore[empty-body]
         self, target: OptimizerFactory, params: list[dict[str, Any]], config: Any

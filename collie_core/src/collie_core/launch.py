@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from collie_core.errors import CollieError, RunError
+from collie_core.errors import CollieError, ConfigError, RunError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from collie_core.watch import Watch
 
 OURS = "COLLIE_LAUNCHED"  # set for the processes that `start` starts
 
@@ -30,8 +30,7 @@ def processes_to_start(asked: int | None) -> int:
     Raises:
         RunError: `asked` for processes where a launcher has started them.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        _adopt_slurm()
+    _adopt_slurm()
     if "RANK" in os.environ:
         if asked is not None and OURS not in os.environ:
             raise RunError(f"--nproc {asked}: a launcher has started the processes already; leave --nproc out")
@@ -80,36 +79,45 @@ def start(processes: int, arguments: Sequence[str]) -> int:
 
 @contextmanager
 def reported_to_launcher() -> Iterator[None]:
-    """Inside a launched process: leave the reason of a failure where the launcher looks for it, and end quietly.
+    """Inside a launched process: the failure of one rank ends them all and is told once. Else this does nothing.
 
-    Without a launcher this does nothing.
+    Processes that `start` started leave the reason where it looks. Under torchrun and srun the ranks watch over each
+    other, before there is a process group too, and one on each machine speaks; see `collie_core.watch`.
     """
-    if OURS in os.environ:
-        _die_with_parent()
-    try:
+    _adopt_slurm()
+    if "RANK" not in os.environ:
         yield
-    except Exception as error:
-        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if file is None:
-            raise
-        with open(file, "w") as stream:
-            json.dump(_record(error), stream)
-        if OURS not in os.environ:
-            raise  # torchrun shows what we say ourselves
-        sys.stdout.flush()
-        os._exit(1)  # not through exit handlers: some wait for the other ranks
+        return
+    from collie_core import watch as watching
+
+    _die_with_parent()
+    watch = None
+    try:
+        if OURS not in os.environ and watching.is_launched():
+            watch = watching.Watch.join(watching.end_process)
+        yield
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (told, and the process ended)
+        _fail(error, watch)
+    if watch is not None:
+        watch.leave()
 
 
-def _record(error: Exception) -> dict[str, Any]:
-    """As torchrun writes it, with the time in full: its own whole seconds do not tell who was first."""
-    now = time.time()
-    details = {
-        "py_callstack": traceback.format_exc(),
-        "timestamp": str(int(now)),
-        "time": now,
-        "for_people": isinstance(error, CollieError),
-    }
-    return {"message": {"message": str(error) or type(error).__name__, "extraInfo": details}}
+def _fail(error: Exception | KeyboardInterrupt, watch: Watch | None) -> NoReturn:
+    """End this process with the reason. Not through exit handlers: some wait for the other ranks."""
+    from collie_core.watch import end_process, is_witness, leave_reason, reason_of
+
+    sentence, stack = reason_of(error), "" if isinstance(error, CollieError) else traceback.format_exc().rstrip()
+    if watch is not None:
+        ending = watch.fail(sentence, witness=is_witness(error))
+        if ending.rank != watch.member.rank:
+            end_process(watch, ending)
+        sentence = ending.sentence
+    leave_reason(sentence, details=stack)
+    if OURS not in os.environ:  # there the launcher speaks
+        shown = os.environ.get("COLLIE_TRACEBACK", "0") not in ("", "0")
+        print(f"{traceback.format_exc() if shown else stack}\n{sentence}".lstrip(), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def _first_reason(error: ChildFailedError, processes: int) -> str:
@@ -123,9 +131,7 @@ def _first_reason(error: ChildFailedError, processes: int) -> str:
             hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
             return f"{where} was ended by {name}{hint}"
         return f"{where} ended with exit code {failure.exitcode} and gave no reason"
-    details = written["extraInfo"]
-    reason = written["message"] if details.get("for_people") else details["py_callstack"].rstrip()
-    return f"{where} failed: {reason}"
+    return f"{where} failed: {written['extraInfo']['py_callstack'].rstrip()}"
 
 
 def _written(failure: ProcessFailure) -> dict[str, Any] | None:
@@ -151,7 +157,9 @@ def _die_with_parent() -> None:
 
 
 def _adopt_slurm() -> None:
-    """The environment of srun in the words of torchrun."""
+    """The environment of srun, where it has started several processes, in the words of torchrun."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", ""))
     listed = subprocess.run(
         ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60

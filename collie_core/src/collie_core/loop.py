@@ -144,10 +144,9 @@ class Trainer:
         """Export to the transformers format, or an adapter alone to the peft format: whole or not at all."""
         path = Path(path)
         write = self._write_model if self.config.adapter is None else self._write_adapter
-        with self.parts.whole_weights() as state:
-            if self.topology.is_main:
-                write_folder(path, lambda folder: write(folder, state))
-                self.hooks.collie_checkpoint_saved(run=self.run, path=path)
+        write_folder(path, write, self.topology)
+        if self.topology.is_main:
+            self.hooks.collie_checkpoint_saved(run=self.run, path=path)
         self.topology.barrier()
         return path
 
@@ -193,7 +192,8 @@ class Trainer:
     def _run_evaluators(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
         registry, sections = self.config.registry, self.config.evaluation.evaluators
         metrics = [registry.build("metric", section.type, config=section) for section in sections]
-        feed(metrics, model, batches, self.parts.precision())
+        # Tensor-parallel ranks compute the same losses; one of them reports.
+        feed(metrics if self.topology.tp.rank == 0 else (), model, batches, self.parts.precision())
         results: dict[str, float] = {}
         for metric, *others in zip(*self.topology.gather_objects(metrics), strict=True):
             for other in others:
@@ -202,9 +202,9 @@ class Trainer:
         return results
 
     def _sample_texts(self) -> list[SampleText]:
-        """Answers to the first held-out prompts. Under ZeRO-3 every rank must take part in a forward."""
+        """Answers to the first held-out prompts. Ranks that share a model all take part in its forward."""
         count, dataset = self.config.evaluation.print_samples, self.parts.eval_dataset
-        alone = self.config.parallel.zero_stage < 3
+        alone = self.config.parallel.zero_stage < 3 and self.config.parallel.copy_size == 1
         if not count or dataset is None or (alone and not self.topology.is_main):
             return []
         with self.parts.precision():
@@ -216,12 +216,16 @@ class Trainer:
         if self.topology.is_main:
             self.hooks.collie_metrics(run=self.run, values=dict(self.results))
 
-    def _write_model(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        save_pretrained(folder, cast("PreTrainedModel", self.model), state, self.parts.tokenizer, self.parts.dtype)
+    def _write_model(self, folder: Path) -> None:
+        model = cast("PreTrainedModel", self.model)
+        save_pretrained(folder, model, self.parts.tokenizer, dtype=self.parts.dtype, gathered=self.parts.gathered)
 
-    def _write_adapter(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+    def _write_adapter(self, folder: Path) -> None:
         adapter = self.config.adapter
         assert adapter is not None
-        self.config.registry.load("adapter", adapter.type).save(self.model, folder)
-        describe_adapter(folder, adapter.type, str(self.config.model.model_name_or_path or ""))
-        self.parts.tokenizer.save_pretrained(folder)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with self.parts.gathered(trainable):
+            if self.topology.is_main:
+                self.config.registry.load("adapter", adapter.type).save(self.model, folder)
+                describe_adapter(folder, adapter.type, str(self.config.model.model_name_or_path or ""))
+                self.parts.tokenizer.save_pretrained(folder)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -19,8 +19,10 @@ from collie_core.data.dataset import TokenizedDataset, prepare_dataset
 from collie_core.data.formats import chat_template
 from collie_core.data.loader import Batch, Loader, check_packing, eval_batches
 from collie_core.data.tokenizer import build_tokenizer, padding_id
+from collie_core.errors import MISSING, ConfigError, Problem
 from collie_core.engine.step import LossFn, Step, TorchStep, TrainFn, autocast, token_mean_loss
 from collie_core.model.build import check_length, compute_dtype, load_pretrained, parameter_counts
+from collie_core.model.stages import borrow_head, lend_head
 from collie_core.optimizers.build import parameter_groups, schedule
 from collie_core.topology import Topology
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from collie_core.config.run import RunConfig
+    from collie_core.engine.zero3 import Zero3Store
 
 EvalFn = Callable[[nn.Module, Iterator[Batch]], Mapping[str, float]]
 """(model in evaluation mode, batches) -> results by name; replaces the configured evaluators."""
@@ -53,16 +56,19 @@ class Parts:
 
     def __init__(self, config: RunConfig, given: HandedIn) -> None:
         require_parts(config, model=given.model is not None, train_data=True)  # evaluation needs none
+        _require_whole(config, given)
         self.config = config
         self.given = given
         self.registry = config.registry
         self.topology = Topology.start(config.parallel)
         self.device = self.topology.device
         self.dtype = compute_dtype(config.model.dtype, self.device)
+        self.will_train = False  # so that an engine will gather what is taken apart
 
     def build(self) -> None:
         """Everything that training needs, in the order in which mistakes are cheapest to find."""
         require_parts(self.config, model=True, train_data=self.given.train_dataset is not None)
+        self.will_train = True
         _ = self.tokenizer, self.model, self.train_dataset, self.eval_dataset, self.parameter_counts, self.step
 
     @cached_property
@@ -77,18 +83,37 @@ class Parts:
     def model(self) -> nn.Module:
         """The model on its device, with its weights and adapter; in float32, computing under autocast."""
         model = self._new_model() if self.given.model is None else self.given.model
-        return model.to(self.device)
+        model = model.to(self.device)
+        lend_head(model)
+        return model
 
     def _new_model(self) -> nn.Module:
         section, adapter = self.config.model, self.config.adapter
         torch.manual_seed(self.config.train.seed)
-        model: Any = load_pretrained(section, self.registry, self.tokenizer, torch.float32)
+        model: Any = load_pretrained(
+            section,
+            self.registry,
+            self.tokenizer,
+            torch.float32,
+            topology=self.topology,
+            parallel=self.config.parallel,
+            store=self._store(),
+        )
+        borrow_head(model)
         check_length(model.config, self.config.data.max_length)
         if section.gradient_checkpointing == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if adapter is not None:
             model = self.registry.build("adapter", adapter.type, model=model, config=adapter)
         return cast(nn.Module, model)
+
+    def _store(self) -> Zero3Store | None:
+        """What takes parameters apart while they are loaded; None: each rank holds its part whole."""
+        if not self.will_train or self.config.parallel.zero_stage < 3 or self.config.adapter is not None:
+            return None
+        from collie_core.engine.zero3 import Zero3Store
+
+        return Zero3Store(self.topology, self._deepspeed_config(), self.dtype)
 
     @cached_property
     def parameter_counts(self) -> tuple[int, int]:
@@ -174,29 +199,37 @@ class Parts:
     @cached_property
     def step(self) -> Step:
         """The engine: built when training starts, since DeepSpeed takes over the model it is given."""
-        if self.config.data.packing:
-            check_packing(self.model, rows=self.micro_batch_size)
         optimizer = self._optimizer()
-        scheduler = self._scheduler(optimizer)
-        stage, max_grad_norm = self.config.parallel.zero_stage, self.config.train.max_grad_norm
+        step = self._engine(optimizer, self._scheduler(optimizer))
+        if self.config.data.packing:
+            with step.precision():
+                check_packing(step.model, rows=self.micro_batch_size)
+        return step
+
+    def _engine(self, optimizer: Optimizer, scheduler: LRScheduler) -> Step:
         shared: dict[str, Any] = {
             "topology": self.topology,
             "loss_fn": self.given.loss_fn,
             "train_fn": self.given.train_fn,
         }
-        if stage == 0:
+        if self.config.parallel.zero_stage == 0:
+            max_grad_norm = self.config.train.max_grad_norm
             return TorchStep(self.model, optimizer, scheduler, dtype=self.dtype, max_grad_norm=max_grad_norm, **shared)
-        from collie_core.engine.deepspeed_step import DeepSpeedStep, deepspeed_config
+        from collie_core.engine.deepspeed_step import DeepSpeedStep
 
-        config = deepspeed_config(
+        return DeepSpeedStep(self.model, optimizer, scheduler, config=self._deepspeed_config(), **shared)
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        from collie_core.engine.deepspeed_config import deepspeed_config
+
+        return deepspeed_config(
             parallel=self.config.parallel,
             dtype=self.dtype,
             micro_batch_size=self.micro_batch_size,
             data_parallel_size=self.topology.dp.size,
-            max_grad_norm=max_grad_norm,
+            max_grad_norm=self.config.train.max_grad_norm,
             overrides=self.config.deepspeed,
         )
-        return DeepSpeedStep(self.model, optimizer, scheduler, config=config, **shared)
 
     @property
     def training(self) -> bool:
@@ -207,19 +240,9 @@ class Parts:
         """The autocast context of a forward pass outside training."""
         return self.step.precision() if self.training else autocast(self.device, self.dtype)
 
-    @contextmanager
-    def whole_weights(self) -> Iterator[Mapping[str, Tensor]]:
-        """The weights of the whole model by name, on the main rank; the trainable ones also inside the model.
-
-        Collective: under ZeRO-3 every rank enters. With an adapter the frozen base is not gathered.
-        """
-        if not self.training:
-            yield self.model.state_dict()
-        elif self.config.adapter is None:
-            yield self.step.state_dict()
-        else:
-            with self.step.gathered():
-                yield {}
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside, these parameters hold all that is theirs on this rank. Collective over data-parallel ranks."""
+        return self.step.gathered(parameters) if self.training else nullcontext()
 
     def _optimizer(self) -> Optimizer:
         given, section = self.given.optimizer, self.config.optimizer
@@ -237,3 +260,34 @@ class Parts:
         if given is not None:
             return given(optimizer, self.max_steps)
         return schedule(self.config.lr_scheduler, optimizer, self.max_steps)
+
+
+def _require_whole(config: RunConfig, given: HandedIn) -> None:
+    """Refuse what a program cannot hand in when the ranks hold parts of a model.
+
+    Raises:
+        ConfigError: a model that is not cut, or a forward pass of its own over pipeline stages.
+    """
+    parallel = config.parallel
+    if given.model is not None and parallel.copy_size > 1:
+        raise ConfigError(
+            [
+                Problem(
+                    "parallel",
+                    "a model that is handed in is whole, so its ranks cannot share it",
+                    MISSING,
+                    "Set tensor_parallel_size and pipeline_parallel_size to 1, or name the model in `model:`.",
+                )
+            ]
+        )
+    if given.train_fn is not None and parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            [
+                Problem(
+                    "parallel.pipeline_parallel_size",
+                    "a train_fn calls the whole model, and a stage is a part of it",
+                    parallel.pipeline_parallel_size,
+                    "Set it to 1, or hand in a loss_fn.",
+                )
+            ]
+        )

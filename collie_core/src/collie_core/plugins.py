@@ -53,7 +53,13 @@ BLOCK_VARIABLE = "COLLIE_BLOCK"
 
 # Names whose distribution is known although it may not be installed, so that the error can say what to type.
 CATALOGUE = {
+    ("model", "internlm"): "collie-internlm",
+    ("model", "internlm2"): "collie-internlm",
+    ("model", "internlm3"): "collie-internlm",
     ("model", "llama"): "collie-llama",
+    ("model", "mistral"): "collie-llama",
+    ("model", "qwen2"): "collie-llama",
+    ("model", "qwen3"): "collie-llama",
     ("optimizer", "lion"): "collie-optim",
     ("adapter", "lora"): "collie-peft",
 }
@@ -583,10 +589,12 @@ class CoreBuilders:
     def __init__(self) -> None:
         self.result: Any = None  # what was built last; another result means that a plugin substituted it
 
-    def collie_build_model_partition(self, target: Any, config: Any, weights: str | None) -> Any:
+    def collie_build_model_partition(
+        self, target: Any, config: Any, weights: str | None, topology: Any, parallel: Any, store: Any
+    ) -> Any:
         from collie_core.model.build import build_model
 
-        self.result = build_model(target, config, weights)
+        self.result = build_model(target, config, weights, topology=topology, parallel=parallel, store=store)
         return self.result
 
     def collie_build_optimizer(self, target: Any, params: Any, config: Any) -> Any:

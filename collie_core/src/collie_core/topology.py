@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from collie_core.errors import RunError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch.distributed import ProcessGroup
 
     from collie_core.config.parallel import ParallelConfig
@@ -24,20 +26,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of parallelism."""
+    """One direction of parallelism: the ranks that differ from this one in that direction alone."""
 
     size: int = 1
-    rank: int = 0
+    rank: int = 0  # along the axis
     group: ProcessGroup | None = field(default=None, compare=False, repr=False)
+    ranks: tuple[int, ...] = (0,)  # global, in the order of the axis
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes, ranks and groups of the run. `local_rank` counts the processes of this machine."""
+    """Sizes, ranks and groups of the run. `local_rank` counts the processes of this machine.
+
+    Ranks are laid out with the tensor-parallel axis fastest (its neighbours share a machine), then data, then
+    pipeline: rank = (pp * dp_size + dp) * tp_size + tp.
+    """
 
     dp: Axis = Axis()
     tp: Axis = Axis()
     pp: Axis = Axis()
+    model: Axis = Axis()  # all ranks that together hold one copy of the model
     world_size: int = 1
     rank: int = 0
     local_rank: int = 0
@@ -55,12 +63,7 @@ class Topology:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        wanted = parallel.data_parallel_size
-        if wanted not in ("auto", world_size):
-            raise RunError(
-                f"parallel.data_parallel_size={wanted} needs {wanted} processes, but {world_size} were started; "
-                f"set it to auto, or start the run with --nproc {wanted}"
-            )
+        sizes = _axis_sizes(parallel, world_size)
         if world_size == 1:
             return cls()
         if not dist.is_initialized():
@@ -68,7 +71,10 @@ class Topology:
             if torch.cuda.is_available():
                 torch.cuda.set_device(local_rank)
             dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout_s))
-        return cls(Axis(world_size, rank, dist.group.WORLD), Axis(), Axis(), world_size, rank, local_rank)
+        grid = np.arange(world_size).reshape(sizes)  # [pp, dp, tp]
+        pp, dp, tp = (_axis(np.moveaxis(grid, dim, -1).reshape(-1, sizes[dim]), rank) for dim in range(3))
+        model = _axis(np.moveaxis(grid, 1, 0).reshape(sizes[1], -1), rank)
+        return cls(dp, tp, pp, model, world_size, rank, local_rank)
 
     @property
     def is_main(self) -> bool:
@@ -114,3 +120,31 @@ class Topology:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def _axis_sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, int]:
+    """Pipeline, data and tensor size for so many processes."""
+    tp, pp, wanted = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+    copies, rest = divmod(world_size, tp * pp)
+    if rest or copies == 0:
+        raise RunError(
+            f"parallel.tensor_parallel_size={tp} x parallel.pipeline_parallel_size={pp} needs a multiple of {tp * pp} "
+            f"processes, but {world_size} were started; start the run with --nproc {tp * pp * max(1, copies)}"
+        )
+    if wanted not in ("auto", copies):
+        needed = int(wanted) * tp * pp
+        raise RunError(
+            f"parallel.data_parallel_size={wanted} needs {needed} processes, but {world_size} were started; "
+            f"set it to auto, or start the run with --nproc {needed}"
+        )
+    return pp, copies, tp
+
+
+def _axis(rows: NDArray[np.int64], rank: int) -> Axis:
+    """The axis whose ranks are the row with `rank`. Collective: every rank makes every group."""
+    mine = Axis()
+    for row in rows.tolist():
+        group = dist.group.WORLD if len(row) == rows.size else dist.new_group(row) if len(row) > 1 else None
+        if rank in row:
+            mine = Axis(len(row), row.index(rank), group, tuple(row))
+    return mine

@@ -105,7 +105,7 @@ def test_all_problems_at_once_with_their_lines() -> None:
         "model: {config: {model_type: llama}, model_name_or_path: x}\n"  # a rule
         "data:\n  max_length: -1\n  max_length: 3\n"  # a field, a double key
         "trian: {}\n"  # an unknown section
-        "parallel: {tensor_parallel_size: 2}\n"  # a rule of a sound section
+        "parallel: {sequence_parallel: true}\n"  # a rule of a sound section
         "bf16: true\ntorch_dtype: float16\n"  # two names for one thing
     )
     problems = _problems(text, "optimizer.lr=fast", "nonsense")
@@ -116,7 +116,7 @@ def test_all_problems_at_once_with_their_lines() -> None:
         "model.config": "1",
         "data.max_length": "4",
         "trian": "5",
-        "parallel.tensor_parallel_size": "6",
+        "parallel.sequence_parallel": "6",
         "torch_dtype": "8",
     }
 

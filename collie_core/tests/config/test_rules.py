@@ -19,8 +19,9 @@ FULL: dict[str, Any] = {"model": {"model_name_or_path": "m"}, "data": {"train": 
 # key of the rule -> sections that break it and no other rule
 BREAKS: dict[str, dict[str, Any]] = {
     "model.model_name_or_path": {"model": {}},
-    "parallel.tensor_parallel_size": {"parallel": {"tensor_parallel_size": 2}},
-    "parallel.pipeline_parallel_size": {"parallel": {"pipeline_parallel_size": 2}},
+    "parallel.sequence_parallel": {"parallel": {"sequence_parallel": True}},
+    "parallel.pipeline_cuts": {"parallel": {"pipeline_parallel_size": 2, "pipeline_cuts": [1, 1, 1]}},
+    "parallel.zero_stage": {"parallel": {"pipeline_parallel_size": 2, "zero_stage": 3}},
     "parallel.offload_optimizer": {"parallel": {"offload_optimizer": True}},
     "parallel.offload_param": {"parallel": {"zero_stage": 2, "offload_param": True}},
     "deepspeed": {"deepspeed": {"a": 1}},

@@ -1,5 +1,11 @@
-"""Llama is stock: transformers contains it, and its partition is derived from the model."""
+"""Families that transformers contains: their partition, rope and masks are derived from the stock model.
+
+Each says nothing beyond its name.
+"""
 
 from collie_core.api import StockFamily
 
-FAMILY = StockFamily("llama")
+LLAMA = StockFamily("llama")
+MISTRAL = StockFamily("mistral")
+QWEN2 = StockFamily("qwen2")
+QWEN3 = StockFamily("qwen3")

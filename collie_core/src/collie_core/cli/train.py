@@ -17,16 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as the file says; the config is checked before torch is imported."""
-    config = load_config(args, complete=True)
+    """Train as the file says; the config is checked before torch is imported, but by a launched process."""
     from collie_core import launch
 
     if args.nproc is not None and args.nproc < 1:
         raise RunError(f"--nproc {args.nproc}: must be at least 1")
-    processes = launch.processes_to_start(args.nproc)
-    if processes > 1:
-        return launch.start(processes, ["train", args.config, *args.overrides])
     with launch.reported_to_launcher():
+        config = load_config(args, complete=True)
+        processes = launch.processes_to_start(args.nproc)
+        if processes > 1:
+            return launch.start(processes, ["train", args.config, *args.overrides])
         from collie_core.cli._quiet import quiet_libraries
         from collie_core.loop import Trainer
 

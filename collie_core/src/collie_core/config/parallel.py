@@ -13,7 +13,16 @@ class ParallelConfig(ConfigModel):
     """How the processes share the work."""
 
     tensor_parallel_size: PositiveInt = Field(1, description="Processes that share each layer.")
+    sequence_parallel: bool = Field(
+        False,
+        description="Tensor-parallel ranks also share the positions between the layers' matrices: less memory.",
+    )
     pipeline_parallel_size: PositiveInt = Field(1, description="Stages that the layers are dealt out to.")
+    pipeline_cuts: Literal["parameters", "uniform"] | list[PositiveInt] = Field(
+        "parameters",
+        description="How layers are dealt out: so that stages hold about as many parameters, or layers; or the number "
+        "of layers of each stage.",
+    )
     data_parallel_size: PositiveInt | Literal["auto"] = Field(
         "auto",
         description="Copies of the model, each with its own samples. auto: as many as there are processes.",
@@ -25,3 +34,8 @@ class ParallelConfig(ConfigModel):
     offload_optimizer: bool = Field(False, description="Optimizer states and update in CPU memory; zero_stage 1 to 3.")
     offload_param: bool = Field(False, description="Parameters in CPU memory while no layer needs them; zero_stage 3.")
     timeout_s: float = Field(1800.0, gt=0, le=1e9, description="Seconds until a lost process stops the others.")
+
+    @property
+    def copy_size(self) -> int:
+        """The number of processes that together hold one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size

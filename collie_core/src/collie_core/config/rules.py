@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from collie_core.config.batch import batch_sizes, impossible_batch
+from collie_core.config.split import impossible_split
 from collie_core.errors import MISSING, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ class Rule:
     part: Part = ""  # what a program may hand in instead, which makes the rule void
 
 
-_NOT_BUILT = "this version trains data-parallel only"
-
 RULES = (
     Rule(
         "model.model_name_or_path",
@@ -41,18 +40,35 @@ RULES = (
         part="model",
     ),
     Rule(
-        "parallel.tensor_parallel_size",
-        "`parallel.tensor_parallel_size` above 1",
-        f"tensor parallelism is not built yet: {_NOT_BUILT}",
-        "Set it to 1.",
-        lambda config: config.parallel.tensor_parallel_size > 1,
+        "parallel.sequence_parallel",
+        "`parallel.sequence_parallel` with `parallel.tensor_parallel_size: 1`",
+        "tensor-parallel ranks share the positions, and there is one",
+        "Set parallel.tensor_parallel_size above 1.",
+        lambda config: config.parallel.sequence_parallel and config.parallel.tensor_parallel_size == 1,
     ),
     Rule(
-        "parallel.pipeline_parallel_size",
-        "`parallel.pipeline_parallel_size` above 1",
-        f"pipeline parallelism is not built yet: {_NOT_BUILT}",
-        "Set it to 1.",
-        lambda config: config.parallel.pipeline_parallel_size > 1,
+        "parallel.pipeline_cuts",
+        "a list of `parallel.pipeline_cuts` of another length than `parallel.pipeline_parallel_size`",
+        "the list has the number of layers of each stage",
+        "Give one number for each stage.",
+        lambda config: (
+            isinstance(config.parallel.pipeline_cuts, list)
+            and len(config.parallel.pipeline_cuts) != config.parallel.pipeline_parallel_size
+        ),
+    ),
+    Rule(
+        "parallel.zero_stage",
+        "`parallel.zero_stage: 3` with `parallel.pipeline_parallel_size` above 1",
+        "DeepSpeed fetches parameters in the order of one forward and one backward, and a pipeline interleaves several",
+        "Set parallel.zero_stage to 2 or less; the stages have taken the parameters apart already.",
+        lambda config: config.parallel.zero_stage == 3 and config.parallel.pipeline_parallel_size > 1,
+    ),
+    Rule(
+        "adapter",
+        "an `adapter:` with tensor or pipeline parallelism",
+        "adapters are not shared by the ranks of one copy of the model in this version",
+        "Set parallel.tensor_parallel_size and parallel.pipeline_parallel_size to 1; zero_stage 3 shares the base.",
+        lambda config: config.adapter is not None and config.parallel.copy_size > 1,
     ),
     Rule(
         "parallel.offload_optimizer",
@@ -168,14 +184,15 @@ RULES = (
 
 
 def check(config: RunConfig, given: Collection[Part] = PARTS) -> list[Problem]:
-    """Every rule that the configuration breaks, and a global batch that cannot come out whole.
+    """Every rule that the configuration breaks, a global batch that cannot come out whole, a model that cannot be cut.
 
     `given` is what a program may hand in beside the configuration.
     """
     found = [_problem(config, rule) for rule in RULES if rule.part not in given and rule.broken(config)]
     size = config.parallel.data_parallel_size
     batch = impossible_batch(config.train) if size == "auto" else batch_sizes(config.train, size)
-    return [*found, batch] if isinstance(batch, Problem) else found
+    sums = [batch] if isinstance(batch, Problem) else []
+    return [*found, *sums, *impossible_split(config.model, config.parallel)]
 
 
 def require_parts(config: RunConfig, *, model: bool, train_data: bool) -> None:

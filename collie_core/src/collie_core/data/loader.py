@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from collie_core.data.dataset import SourceRange, TokenizedDataset
 
+Layout = tuple[tuple[tuple[int, int], ...], ...]
+"""For each row its samples, in order: (position in the run, tokens). A position names a sample on every topology."""
+
 IGNORE = -100  # a label that is no target; the default of torch's cross_entropy
 
 
@@ -33,6 +36,7 @@ class Batch:
     input_ids: Tensor  # [B, L] int64
     labels: Tensor  # [B, L] int64, the target AT each position; -100: none
     position_ids: Tensor | None = None  # [B, L] int64, from 0 in each packed sample; None: one sample per row
+    layout: Layout = ()  # which samples lie in each row
 
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of the model's forward."""
@@ -53,6 +57,7 @@ class Batch:
             self.input_ids.to(device, non_blocking=non_blocking),
             self.labels.to(device, non_blocking=non_blocking),
             None if positions is None else positions.to(device, non_blocking=non_blocking),
+            self.layout,
         )
 
 
@@ -64,6 +69,10 @@ class StepBatch:
     samples: int  # of the global batch, over all ranks: what the position in the data advances by
     tokens: int  # of this rank, without padding
     epoch: float  # the position after this step, in epochs
+
+    def on(self, device: torch.device) -> list[Batch]:
+        """The micro-batches on a device."""
+        return [batch.to(device, non_blocking=True) for batch in self.micro_batches]
 
     @property
     def target_tokens(self) -> int:
@@ -207,7 +216,10 @@ class Loader(Dataset[StepBatch]):
         # Strided shares differ by one sample at most, and rank 0 never has fewer than another.
         layouts = [self._rows(lengths[rank :: self.size]) for rank in range(self.size)]
         count = max(len(_chunks(rows, self.rows_per_micro_batch)) for rows in layouts)
-        share = [self.dataset[int(index)] for index in indices[self.rank :: self.size]]
+        share = [
+            {**self.dataset[int(indices[place])], "position": position + place}
+            for place in range(self.rank, len(indices), self.size)
+        ]
         micro_batches = [
             self._collate([[share[place] for place in row] for row in rows])
             for rows in _chunks(layouts[self.rank], self.rows_per_micro_batch)
@@ -266,12 +278,14 @@ def pack(lengths: Sequence[int] | NDArray[np.int32], max_length: int) -> list[li
 def collate(rows: Sequence[Sequence[Any]], *, pad_token_id: int, packing: bool) -> Batch:
     """Rows of samples (`input_ids`, `labels`), each row laid end to end and padded to the longest.
 
+    A sample's `position` in the run, where it has one, goes into the layout.
     With `packing`, positions count from 0 in each sample and again in the padding, which so joins no sample.
     """
     width = max(1, max(sum(len(sample["input_ids"]) for sample in row) for row in rows))
     input_ids = np.full((len(rows), width), pad_token_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
+    layout = tuple(tuple((sample.get("position", -1), len(sample["input_ids"])) for sample in row) for row in rows)
     for index, row in enumerate(rows):
         end = 0
         for sample in row:
@@ -281,7 +295,7 @@ def collate(rows: Sequence[Sequence[Any]], *, pad_token_id: int, packing: bool) 
             positions[index, begin:end] = np.arange(end - begin)
         positions[index, end:] = np.arange(width - end)
     position_ids = torch.from_numpy(positions) if packing else None
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), position_ids)
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), position_ids, layout)
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,14 +14,17 @@ from torch._C._distributed_c10d import HashStore
 
 from collie_core.compat import deepspeed_start
 from collie_core.engine.deepspeed_config import deepspeed_config as deepspeed_config
-from collie_core.engine.step import NOT_A_NUMBER, LossFn, TrainFn, micro_batch_loss, token_mean_loss
+from collie_core.engine import pipeline
+from collie_core.engine.step import NOT_A_NUMBER, LossFn, TrainFn, loss_of_copy, stage_output, token_mean_loss
 from collie_core.errors import RunError
+from collie_core.model.shard import install_gradient_hooks
+from collie_core.model.stages import embedding_weight, lend_head, receive_head_gradient, return_head_gradient
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from collie_core.data.loader import StepBatch
+    from collie_core.data.loader import Batch, StepBatch
     from collie_core.topology import Topology
 
 
@@ -45,6 +48,8 @@ class DeepSpeedStep:
         self.loss_fn = loss_fn
         self.train_fn = train_fn
         self.stage = int(config["zero_optimization"]["stage"])
+        install_gradient_hooks(model)
+        lend_head(model)  # in the precision of the engine
 
     @property
     def model(self) -> nn.Module:
@@ -62,20 +67,34 @@ class DeepSpeedStep:
 
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """See `Step`."""
-        total = torch.zeros((), device=self.engine.device)
-        for micro_batch in batch.micro_batches:
-            loss = micro_batch_loss(
-                self.engine,
-                micro_batch.to(self.engine.device),
-                target_tokens,
-                loss_fn=self.loss_fn,
-                train_fn=self.train_fn,
+        device = self.engine.device
+        total = torch.zeros((), device=device)
+
+        def forward(micro_batch: Batch, hidden: Tensor | None) -> Tensor:
+            output = stage_output(
+                self.engine, micro_batch, hidden, target_tokens, loss_fn=self.loss_fn, train_fn=self.train_fn
             )
-            self.engine.backward(loss * self.topology.dp.size)
-            total += loss.detach()
+            if output.ndim == 0:
+                total.add_(output.detach())
+            return output
+
+        pipeline.forward_backward(self.engine, batch.on(device), forward, self._backward)
+        return_head_gradient(self.engine.module)
         if self.topology.dp.size > 1:
             dist.all_reduce(total, group=self.topology.dp.group)
-        return total
+        return loss_of_copy(total, self.topology)
+
+    def _backward(self, batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
+        if gradient is None:
+            self.engine.backward(output * self.topology.dp.size)
+            return
+        lent = receive_head_gradient(self.engine.module) if last else None
+        # DeepSpeed starts from a scalar; the gradient of this one by the output is the gradient that came.
+        scale = self.engine.loss_scale() if self.engine.fp16_enabled() else 1.0  # which it multiplies in again
+        scalar = (output.float() * (gradient.float() / scale)).sum()
+        if lent is not None:
+            scalar = scalar + (embedding_weight(self.engine.module).float() * (lent.float() / scale)).sum()
+        self.engine.backward(scalar)
 
     def update(self) -> float:
         """See `Step`. An overflow in float16 skips the update and lowers the loss scale.
@@ -90,50 +109,96 @@ class DeepSpeedStep:
             self.scheduler.step()
         elif not self.engine.fp16_enabled():
             raise RunError(NOT_A_NUMBER.format(norm=norm))
+        lend_head(self.engine.module)
         return norm
 
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """See `Step`."""
-        module = self.engine.module
-        if self.stage < 3:
-            return module.state_dict()  # type: ignore[no-any-return]
-        return _gathered_state_dict(module, keep=self.topology.is_main)
-
-    def gathered(self) -> AbstractContextManager[Any]:
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         """See `Step`."""
         if self.stage < 3:
             return nullcontext()
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        trainable = [parameter for parameter in self.engine.module.parameters() if parameter.requires_grad]
-        return cast(AbstractContextManager[Any], GatheredParameters(trainable))
+        return cast(AbstractContextManager[Any], GatheredParameters(list(parameters)))
 
 
-def _initialize(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], topology: Topology) -> Any:
-    try:
-        import deepspeed
-    except ModuleNotFoundError as error:
-        raise RunError(
-            f"parallel.zero_stage={config['zero_optimization']['stage']} needs DeepSpeed: "
-            "pip install 'collie-core[deepspeed]'"
-        ) from error
-    if not dist.is_initialized():  # DeepSpeed wants a process group even for one process: in memory, no open port
+class Ranks:
+    """The topology in the words of Megatron, which DeepSpeed asks for them."""
+
+    def __init__(self, topology: Topology) -> None:
+        # DeepSpeed takes None for the group of all ranks, so an axis of one rank needs a group of its own.
+        alone = dist.new_group([topology.rank], use_local_synchronization=True)
+        self._axes = {
+            name: (axis.size, axis.rank, axis.group or alone, list(axis.ranks))
+            for name, axis in {
+                "data_parallel": topology.dp,
+                "tensor_model_parallel": topology.tp,
+                "pipeline_model_parallel": topology.pp,
+                "model_parallel": topology.model,
+            }.items()
+        }
+
+    def get_data_parallel_world_size(self) -> int:  # noqa: D102 - the names say it
+        return self._axes["data_parallel"][0]
+
+    def get_data_parallel_rank(self) -> int:  # noqa: D102
+        return self._axes["data_parallel"][1]
+
+    def get_data_parallel_group(self) -> Any:  # noqa: D102
+        return self._axes["data_parallel"][2]
+
+    def get_data_parallel_group_ranks(self) -> list[int]:  # noqa: D102
+        return self._axes["data_parallel"][3]
+
+    def get_tensor_model_parallel_world_size(self) -> int:  # noqa: D102
+        return self._axes["tensor_model_parallel"][0]
+
+    def get_tensor_model_parallel_rank(self) -> int:  # noqa: D102
+        return self._axes["tensor_model_parallel"][1]
+
+    def get_tensor_model_parallel_group(self) -> Any:  # noqa: D102
+        return self._axes["tensor_model_parallel"][2]
+
+    def get_pipeline_model_parallel_world_size(self) -> int:  # noqa: D102
+        return self._axes["pipeline_model_parallel"][0]
+
+    def get_model_parallel_world_size(self) -> int:  # noqa: D102
+        return self._axes["model_parallel"][0]
+
+    def get_model_parallel_rank(self) -> int:
+        """Of the tensor-parallel axis: ZeRO-3 counts replicated gradients where this is 0."""
+        return self._axes["tensor_model_parallel"][1]
+
+    def get_model_parallel_group(self) -> Any:
+        """Gradient norms and overflows are joined over all parts of a copy."""
+        return self._axes["model_parallel"][2]
+
+
+def start_deepspeed(topology: Topology) -> None:
+    """The process group that DeepSpeed wants even of one process: in memory, no open port."""
+    if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     with deepspeed_start(topology.local_rank):
+        import deepspeed
+
         deepspeed.init_distributed(verbose=False)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+
+def _initialize(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], topology: Topology) -> Any:
+    import deepspeed
+
+    start_deepspeed(topology)
+    with deepspeed_start(topology.local_rank), _buffers_kept(model):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Ranks(topology))
     return engine
 
 
-def _gathered_state_dict(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """All weights on the CPU of the main rank, gathered one tensor at a time. Collective: every rank calls it."""
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-    state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        with GatheredParameters([parameter]):
-            if keep:
-                state[name] = parameter.detach().cpu().clone()
-    state.update({name: buffer for name, buffer in module.state_dict().items() if name not in state and keep})
-    return state
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed casts buffers with the weights; rope's frequencies need the precision they were made in."""
+    kept = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    yield
+    for module, name, buffer in kept:
+        cast_one = module._buffers[name]
+        if buffer is not None and cast_one is not None and buffer.dtype == torch.float32:
+            module._buffers[name] = buffer.to(cast_one.device)

@@ -6,7 +6,8 @@ its update into backward is a class here and no branch there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +16,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from collie_core.engine import pipeline
 from collie_core.errors import RunError
+from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
+from collie_core.model.stages import (
+    embedding_weight,
+    lend_head,
+    own_part,
+    receive_head_gradient,
+    return_head_gradient,
+    stage_of,
+)
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -56,24 +67,25 @@ class Step(Protocol):
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context of a forward pass."""
 
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """The weights of the whole model under its own names, on the main rank. Collective."""
-
-    def gathered(self) -> AbstractContextManager[Any]:
-        """Inside, the trainable weights stand whole in the model. Collective."""
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Inside, these parameters hold all that is theirs on this rank. Collective over data-parallel ranks."""
 
 
-def token_mean_loss(outputs: Any, labels: Tensor, target_tokens: int) -> Tensor:
+def token_mean_loss(
+    outputs: Any, labels: Tensor, target_tokens: int, vocabulary: Vocabulary | None = None
+) -> Tensor:
     """Sum of the token losses of a micro-batch, divided by the targets of the whole global batch.
 
     `outputs.logits` [B, L, V] at a position predict the token after it; `labels` [B, L] hold targets at their own
-    position and -100 elsewhere. The softmax is taken in float32.
+    position and -100 elsewhere. The softmax is taken in float32. With `vocabulary` the logits are this rank's share
+    of the vocabulary, and no rank holds the others'.
     """
-    logits = outputs.logits
     # Shifting the labels instead of the logits leaves the largest tensor of the step uncopied.
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")
-    return losses / target_tokens
+    if vocabulary is not None:
+        return cross_entropy(outputs.logits, targets, vocabulary).sum() / target_tokens
+    logits = outputs.logits.flatten(0, 1).float()
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="sum") / target_tokens
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
@@ -81,13 +93,43 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def micro_batch_loss(
-    model: nn.Module, batch: Batch, target_tokens: int, *, loss_fn: LossFn, train_fn: TrainFn | None
+def stage_output(
+    model: nn.Module,
+    batch: Batch,
+    hidden: Tensor | None,
+    target_tokens: int,
+    *,
+    loss_fn: LossFn,
+    train_fn: TrainFn | None,
 ) -> Tensor:
-    """The share of one micro-batch in the loss of its global batch."""
+    """The share of one micro-batch in the loss of its global batch; before the last stage, its hidden states."""
     if train_fn is not None:
         return train_fn(model, batch, target_tokens)
-    return loss_fn(model(**batch.inputs(), use_cache=False), batch.labels, target_tokens)
+    stage = stage_of(model)
+    if stage is not None and not stage.is_last:
+        return stage_forward(model, batch, hidden).logits  # type: ignore[no-any-return]
+    if loss_fn is not token_mean_loss:
+        return loss_fn(stage_forward(model, batch, hidden), batch.labels, target_tokens)
+    with sharded_logits(model):
+        outputs = stage_forward(model, batch, hidden)
+    return token_mean_loss(outputs, batch.labels, target_tokens, vocabulary_of(model))
+
+
+def stage_forward(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:
+    """The outputs of a whole model or of one stage, which takes `hidden` [B, L, H] unless it is the first."""
+    inputs = batch.inputs()
+    if hidden is not None:
+        del inputs["input_ids"]
+        inputs["inputs_embeds"] = hidden
+    with own_part(model):
+        return model(**inputs, use_cache=False)
+
+
+def loss_of_copy(total: Tensor, topology: Topology) -> Tensor:
+    """The loss, which the last stage of each copy has, on every stage."""
+    if topology.pp.size > 1:
+        dist.broadcast(total, topology.pp.ranks[-1], group=topology.pp.group)
+    return total
 
 
 class TorchStep:
@@ -117,6 +159,7 @@ class TorchStep:
         self.device = self.parameters[0].device
         # float16 has too small a range for gradients; the scaler keeps them in it, and grows back after an overflow.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        install_gradient_hooks(model)
 
     @property
     def model(self) -> nn.Module:
@@ -135,19 +178,29 @@ class TorchStep:
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """See `Step`."""
         total = torch.zeros((), device=self.device)
-        for micro_batch in batch.micro_batches:
+
+        def forward(micro_batch: Batch, hidden: Tensor | None) -> Tensor:
             with self.precision():
-                loss = micro_batch_loss(
-                    self._model,
-                    micro_batch.to(self.device),
-                    target_tokens,
-                    loss_fn=self.loss_fn,
-                    train_fn=self.train_fn,
+                output = stage_output(
+                    self._model, micro_batch, hidden, target_tokens, loss_fn=self.loss_fn, train_fn=self.train_fn
                 )
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
+            if output.ndim == 0:
+                total.add_(output.detach())
+            return output
+
+        pipeline.forward_backward(self._model, batch.on(self.device), forward, self._backward)
+        return_head_gradient(self._model)
         self._sum_over_data(total)
-        return total
+        return loss_of_copy(total, self.topology)
+
+    def _backward(self, batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
+        if gradient is None:
+            self.scaler.scale(output).backward()
+            return
+        output.backward(gradient)
+        if last and (lent := receive_head_gradient(self._model)) is not None:
+            weight = embedding_weight(self._model)
+            weight.grad = lent if weight.grad is None else weight.grad.add_(lent)
 
     def update(self) -> float:
         """See `Step`. A step whose float16 gradients overflowed is skipped; its norm is returned as it is.
@@ -155,9 +208,9 @@ class TorchStep:
         Raises:
             RunError: a gradient is not a number; nothing was updated.
         """
+        self._share_overflow()
         self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = self._grad_norm()
         if not (self.scaler.is_enabled() or norm.isfinite()):
             raise RunError(NOT_A_NUMBER.format(norm=float(norm)))
         if self.max_grad_norm:
@@ -168,15 +221,37 @@ class TorchStep:
         if self.scaler.get_scale() >= scale:  # not skipped
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        lend_head(self._model)
         return float(norm)
 
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """See `Step`."""
-        return self._model.state_dict()
-
-    def gathered(self) -> AbstractContextManager[Any]:
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         """See `Step`: they always do."""
         return nullcontext()
+
+    def _grad_norm(self) -> Tensor:
+        """The L2 norm over the whole model, each entry counted once whatever ranks hold it."""
+        tensor_rank, model = self.topology.tp.rank, self.topology.model
+        counted = [
+            parameter.grad
+            for parameter in self.parameters
+            if parameter.grad is not None and (tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
+        ]
+        norm = nn.utils.get_total_norm(counted)
+        if model.size == 1:
+            return norm
+        squares = norm.to(self.device, torch.float64).square()
+        dist.all_reduce(squares, group=model.group)
+        return squares.sqrt().to(torch.float32)
+
+    def _share_overflow(self) -> None:
+        """An overflow in one part of the model must skip the update of every part (float16 only)."""
+        if not self.scaler.is_enabled() or self.topology.model.size == 1:
+            return
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        found = torch.stack([gradient.isfinite().all().logical_not() for gradient in gradients]).any().float()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.topology.model.group)
+        if found.item() > 0:
+            gradients[0].fill_(math.inf)
 
     def _sum_over_data(self, loss: Tensor) -> None:
         """Every rank's gradients and loss become those of the global batch."""

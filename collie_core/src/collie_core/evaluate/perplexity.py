@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from collie_core.engine.pipeline import forward_only
+from collie_core.engine.step import stage_forward
+from collie_core.model.shard import Vocabulary, cross_entropy, sharded_logits, vocabulary_of
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -42,16 +46,19 @@ class Perplexity:
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 709 else math.inf}
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Tensor]:
     """Losses [N] in nats and ids [N] of the target tokens.
 
-    `logits` [B, L, V] at a position predict the token after it; `labels` [B, L] hold targets at their own
-    position, -100 elsewhere.
+    `logits` [B, L, V], or of this rank's share of the vocabulary, at a position predict the token after it; `labels`
+    [B, L] hold targets at their own position, -100 elsewhere.
     """
     targets = labels[:, 1:]
     chosen = targets != -100
     ids = targets[chosen]
-    return F.cross_entropy(logits[:, :-1][chosen].float(), ids, reduction="none"), ids
+    wanted = logits[:, :-1][chosen]
+    if vocabulary is not None:
+        return cross_entropy(wanted, ids, vocabulary), ids
+    return F.cross_entropy(wanted.float(), ids, reduction="none"), ids
 
 
 @contextmanager
@@ -69,10 +76,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def feed(
     metrics: Sequence[Metric], model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager[Any]
 ) -> None:
-    """Run the model over `batches` and give each metric the token losses."""
-    for batch in batches:
-        with precision:
-            logits = model(**batch.inputs(), use_cache=False).logits
-        losses, ids = token_losses(logits, batch.labels)
-        for metric in metrics:
-            metric.update(losses, ids)
+    """Run the model over `batches` and give each metric the token losses; in a pipeline, on its last stage.
+
+    Tensor-parallel ranks all get the same losses: only one of them may be counted.
+    """
+
+    def forward(batch: Batch, hidden: Tensor | None) -> Tensor:
+        with precision, sharded_logits(model):
+            return stage_forward(model, batch, hidden).logits  # type: ignore[no-any-return]
+
+    vocabulary = vocabulary_of(model)
+    for batch, logits in forward_only(model, iter(batches), forward):
+        if logits is not None:
+            losses, ids = token_losses(logits, batch.labels, vocabulary)
+            for metric in metrics:
+                metric.update(losses, ids)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -13,15 +16,21 @@ from torch import nn
 
 from collie_core.errors import ModelError
 from collie_core.model.family import StockFamily, unknown_keys
+from collie_core.model.initialize import initialize
+from collie_core.model.part import Part, part_of
+from collie_core.model.partition import empty_model, plan
+from collie_core.model.weights import Checkpoint, Store, assign, canonical, layout, load
+from collie_core.topology import Topology
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from collie_core.config.model import ModelConfig
+    from collie_core.config.parallel import ParallelConfig
     from collie_core.hookspecs import ModelFamily
     from collie_core.plugins import Plugins
 
-INDEX = "model.safetensors.index.json"
+ALONE = Topology()  # one process
 ADAPTER = "collie_adapter.json"  # ours, beside what the adapter plugin writes
 PEFT_ADAPTER = "adapter_config.json"
 
@@ -45,6 +54,14 @@ def architecture(
     Raises:
         ModelError: no readable config.json, an unknown family, or a key that the family does not have.
     """
+    family, config, _ = _architecture(section, registry, tokenizer)
+    return family, config
+
+
+def _architecture(
+    section: ModelConfig, registry: Plugins, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ModelFamily, PretrainedConfig, Mapping[str, Any]]:
+    """The family, the config, and the raw config that they were made from."""
     raw = dict(section.config) if section.config is not None else _read_config(section)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
@@ -62,7 +79,7 @@ def architecture(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {config.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
-    return family, config
+    return family, config, raw
 
 
 def check_length(config: PretrainedConfig, max_length: int) -> None:
@@ -79,40 +96,83 @@ def check_length(config: PretrainedConfig, max_length: int) -> None:
         )
 
 
-def build_model(target: ModelFamily, config: PretrainedConfig, weights: str | None) -> PreTrainedModel:
-    """The whole model in `config.dtype` on the CPU, with `weights` of a folder or hub id, or random ones.
+def build_model(
+    target: ModelFamily,
+    config: PretrainedConfig,
+    weights: str | None,
+    *,
+    topology: Topology = ALONE,
+    parallel: ParallelConfig | None = None,
+    store: Store | None = None,
+) -> PreTrainedModel:
+    """This rank's part of the model in `config.dtype` on the CPU, with `weights` of a folder or hub id, or random ones.
 
-    Random weights are a function of torch's random state alone.
+    Random weights are a function of torch's random state alone, the same on every topology. Collective.
+
+    Args:
+        target: the family.
+        config: of the stock model.
+        weights: folder or hub id; None: random.
+        topology: of the run.
+        parallel: its section; only how the model is cut matters here.
+        store: what puts a parameter into its module; None: `weights.assign`.
 
     Raises:
-        ModelError: a missing, unexpected, misshapen or non-finite weight, or a file that is not safetensors.
+        ModelError: a missing, unexpected, misshapen or non-finite weight, a file that is not safetensors, or a model
+            that cannot be shared by so many ranks.
     """
-    from transformers import AutoModelForCausalLM
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{weights or 'model.config'} is quantized, and training needs its weights before that")
+    checkpoint = None
+    if weights is not None:
+        checkpoint = Checkpoint.open(weights)
+        config.name_or_path = weights
+    model = empty_model(target, config)
+    model.config.architectures = [type(model).__name__]  # now, since a stage has a class of its own
+    found = layout(model, target, checkpoint)
+    partition = plan(
+        model,
+        target,
+        tensor_size=topology.tp.size,
+        pipeline_size=topology.pp.size,
+        cuts="parameters" if parallel is None else parallel.pipeline_cuts,
+    )
+    _take_apart(model, Part(partition, topology, target, canonical(found, model.base_model_prefix), {}), parallel)
+    dtype, store = cast(torch.dtype, config.dtype), store or assign
+    if checkpoint is not None:
+        load(model, checkpoint, found, partition, topology, dtype=dtype, store=store)
+        _read_generation_config(model, checkpoint.name)
+    else:
+        seed = int(torch.randint(2**63 - 1, ()))
+        initialize(model, empty_model(target, config), partition, topology, seed=seed, dtype=dtype, store=store)
+    model.eval()
+    return model
 
-    if weights is None:
-        return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, dtype=config.dtype))
-    _check_index(Path(weights))
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            weights,
-            config=config,
-            dtype=config.dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # collected in the report and refused below, all at once
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ModelError(f"cannot load the weights of {weights}: {' '.join(str(error).split())}") from error
-    model, report = loaded  # as `output_loading_info` has it
-    problems = _loading_problems(report)
-    problems += [f"not finite: {name}" for name, value in model.named_parameters() if not value.isfinite().all()]
-    if problems:
-        raise ModelError(f"the weights of {weights} do not fit {target.model_type}: " + "; ".join(problems))
-    return cast("PreTrainedModel", model)
+
+def _take_apart(model: PreTrainedModel, part: Part, parallel: ParallelConfig | None) -> None:
+    """Leave of the empty model what this rank holds."""
+    if part.topology.pp.size > 1:
+        from collie_core.model.stages import cut
+
+        cut(model, part.partition, part.family, part.topology)
+    if part.topology.tp.size > 1:
+        from collie_core.model.shard import shard
+
+        sequence_parallel = parallel is not None and parallel.sequence_parallel
+        shard(model, part.partition, part.family, part.topology, sequence_parallel=sequence_parallel)
+    model.collie_part = part  # type: ignore[assignment]
 
 
 def load_pretrained(
-    section: ModelConfig, registry: Plugins, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    section: ModelConfig,
+    registry: Plugins,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    topology: Topology = ALONE,
+    parallel: ParallelConfig | None = None,
+    store: Store | None = None,
 ) -> nn.Module:
     """The model of a folder or hub id; of an adapter's folder, the base model it names with the adapter on it.
 
@@ -121,10 +181,10 @@ def load_pretrained(
     """
     folder = Path(str(section.model_name_or_path))
     saved = _saved_adapter(folder)
-    if saved is None:
-        return new_model(section, registry, tokenizer, dtype)
-    model = new_model(section.model_copy(update={"model_name_or_path": saved.base}), registry, tokenizer, dtype)
-    return cast(nn.Module, registry.load("adapter", saved.type).load(model, folder))
+    if saved is not None:
+        section = section.model_copy(update={"model_name_or_path": saved.base})
+    model = new_model(section, registry, tokenizer, dtype, topology=topology, parallel=parallel, store=store)
+    return model if saved is None else cast(nn.Module, registry.load("adapter", saved.type).load(model, folder))
 
 
 class SavedAdapter(NamedTuple):
@@ -151,22 +211,39 @@ def _saved_adapter(folder: Path) -> SavedAdapter | None:
 
 
 def new_model(
-    section: ModelConfig, registry: Plugins, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    section: ModelConfig,
+    registry: Plugins,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    *,
+    topology: Topology = ALONE,
+    parallel: ParallelConfig | None = None,
+    store: Store | None = None,
 ) -> PreTrainedModel:
-    """The model that `model:` describes, on the CPU in `dtype`."""
-    family, config = architecture(section, registry, tokenizer)
+    """The model that `model:` describes, or this rank's part of it, on the CPU in `dtype`."""
+    family, config, raw = _architecture(section, registry, tokenizer)
     config.dtype = dtype
     config._attn_implementation = section.attn_implementation
-    weights = section.model_name_or_path
-    return cast("PreTrainedModel", registry.build_target("model", family, config=config, weights=weights))
+    arguments: dict[str, Any] = {"config": config, "weights": section.model_name_or_path}
+    arguments |= {"topology": topology, "parallel": parallel, "store": store}
+    model = cast("PreTrainedModel", registry.build_target("model", family, **arguments))
+    part = part_of(model)
+    if part is not None:
+        model.collie_part = replace(part, raw_config=raw)  # type: ignore[assignment]
+    return model
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """All and trainable parameters, shared ones counted once."""
-    return (
-        sum(parameter.numel() for parameter in model.parameters()),
-        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-    )
+    """All and trainable parameters of the whole model, shared ones counted once."""
+    part = part_of(model)
+    if part is None or part.topology.model.size == 1:
+        # ZeRO-3 leaves an empty tensor behind that knows how long it was.
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
+    placements = part.partition.placements
+    total = sum(math.prod(placement.shape) for placement in placements.values() if not placement.tied_to)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    return total, total - sum(math.prod(placements[name].shape) for name in frozen)
 
 
 def _family(model_type: str, registry: Plugins) -> ModelFamily:
@@ -206,26 +283,16 @@ def _refuse_unknown_keys(config: PretrainedConfig, raw: dict[str, Any]) -> None:
     raise ModelError(f"model.config: the {config.model_type} family has no {', '.join(near)}")
 
 
-def _check_index(folder: Path) -> None:
-    """An index may only name files of its own folder: transformers would follow any path."""
-    index = folder / INDEX
-    if not index.is_file():
+def _read_generation_config(model: PreTrainedModel, weights: str) -> None:
+    """As from_pretrained does: of generation_config.json, else of what config.json says of generation."""
+    from transformers import GenerationConfig
+
+    if not model.can_generate():
         return
-    for name in set(json.loads(index.read_text()).get("weight_map", {}).values()):
-        if Path(name).name != name:
-            raise ModelError(f"{index} points outside its folder: {name!r}")
-
-
-def _loading_problems(loaded: dict[str, Iterable[Any]]) -> list[str]:
-    problems = []
-    for label, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys")):
-        if names := sorted(loaded[key]):
-            problems.append(f"{label}: {_shorten(names)}")
-    for name, found, expected in sorted(loaded["mismatched_keys"]):
-        problems.append(f"shape of {name}: {list(found)} in the file, {list(expected)} in the model")
-    return problems
-
-
-def _shorten(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    read: Any = GenerationConfig.from_pretrained
+    for options in ({}, {"config_file_name": "config.json", "_from_model_config": True}):
+        try:
+            model.generation_config = read(weights, **options)
+        except OSError:
+            continue
+        return

@@ -2,44 +2,95 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor, nn
+
+from collie_core.model.part import Part, part_of
+from collie_core.model.weights import Gathered, save, stays_whole
+from collie_core.topology import Topology
+
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `path`, then put it in place of `path`: never a half-written one."""
+def write_folder(path: Path, write: Callable[[Path], None], topology: Topology | None = None) -> None:
+    """Let `write` fill a folder beside `path`, then put it in place of `path`: never a half-written one.
+
+    With a `topology` it is collective: every rank calls `write`, and the main rank alone may put files there.
+    """
+    topology = topology or Topology()
     beside, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if topology.is_main:
+        for leftover in (beside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        beside.mkdir(parents=True)
     write(beside)
-    if path.exists():
-        path.rename(old)
-    beside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    if topology.is_main:
+        if path.exists():
+            path.rename(old)
+        beside.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    topology.barrier()
 
 
 def save_pretrained(
     folder: Path,
     model: PreTrainedModel,
-    state: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
     dtype: torch.dtype,
+    topology: Topology | None = None,
+    gathered: Gathered = stays_whole,
 ) -> None:
-    """Write the weights of `state` in `dtype` with the model's config, and the tokenizer."""
-    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-    written_before = model.config.dtype
+    """Write the model in `dtype` with its configs, and the tokenizer. Collective; the main rank writes.
+
+    Raises:
+        RunError: the main rank cannot write.
+    """
+    part = part_of(model)
+    topology = topology or (Topology() if part is None else part.topology)
+    if part is None:
+        _save_handed_in(folder, model, dtype, topology, gathered)
+    else:
+        save(folder, model, part, gathered, dtype=dtype)
+        if topology.is_main:
+            _write_configs(folder, model, part, dtype)
+    if topology.is_main and tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _write_configs(folder: Path, model: PreTrainedModel, part: Part, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    written = part.family.write_config(config, part.raw_config)
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _save_handed_in(
+    folder: Path, model: PreTrainedModel, dtype: torch.dtype, topology: Topology, gathered: Gathered
+) -> None:
+    """A model that a program handed in knows best what it consists of. Its ranks hold it whole, but for ZeRO-3."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
+            if topology.is_main:
+                kind = dtype if tensor.is_floating_point() else tensor.dtype
+                state[name] = tensor.detach().to("cpu", kind, copy=True)
+    if not topology.is_main:
+        return
+    before = model.config.dtype
     model.config.dtype = dtype
     try:
-        model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=state)
     finally:
-        model.config.dtype = written_before
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        model.config.dtype = before

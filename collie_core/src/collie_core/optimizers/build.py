@@ -25,10 +25,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise RunError("the model has no trainable parameter")
-    decayed = [parameter for parameter in trainable if parameter.ndim >= 2]
-    plain = [parameter for parameter in trainable if parameter.ndim < 2]
+    decayed = [parameter for parameter in trainable if _dimensions(parameter) >= 2]
+    plain = [parameter for parameter in trainable if _dimensions(parameter) < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Also of a parameter that ZeRO-3 has taken apart, which leaves an empty vector behind."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def schedule(section: LRSchedulerConfig, optimizer: Optimizer, max_steps: int) -> LRScheduler:

@@ -1,0 +1,293 @@
+"""Two hosts: network namespaces joined by a cable that can be cut, under the commands of a real cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ALL_END_WITHIN_S = 30.0
+STARTED_WITHIN_S = 240.0  # eight processes that import torch on two cores
+
+PLUGIN = """
+import os, time
+from collie_core.api import RunError, hookimpl
+
+@hookimpl
+def collie_run_start(run):
+    if os.environ.get("FAULT") == "error" and run.topology.rank == run.topology.world_size - 1:
+        raise RunError("the disk of this machine is full")
+
+@hookimpl
+def collie_after_step(run):
+    time.sleep(float(os.environ.get("STEP_S", "0")))
+"""
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+
+
+@dataclass
+class Job:
+    """What runs on one host."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    reader: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout or ()), daemon=True)
+        self.reader.start()
+
+    @property
+    def said(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, text: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.said:
+            assert self.process.poll() is None, f"ended before {text!r}:\n{self.said}"
+            assert time.monotonic() < deadline, f"no {text!r} within {seconds} s:\n{self.said}"
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        """Whatever still runs."""
+        try:
+            family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+        except psutil.NoSuchProcess:
+            family = []
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [
+            child
+            for child in children
+            if "collie_core.cli" in child.cmdline() and "torch.distributed" not in child.cmdline()[2]
+        ]
+
+
+@dataclass
+class Host:
+    """One end of the cable."""
+
+    name: str
+    namespace: str
+    device: str
+    address: str
+    jobs: list[Job] = field(default_factory=list)
+
+    def start(self, *command: str, **variables: str) -> Job:
+        """Run a command there, under the host's own name."""
+        there = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--fork", "--kill-child", "sh", "-c"]
+        process = subprocess.Popen(
+            [*there, f'hostname {self.name}; exec "$@"', "sh", *command],
+            env=clean_environment() | {"GLOO_SOCKET_IFNAME": self.device} | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.jobs.append(Job(process))
+        return self.jobs[-1]
+
+
+def clean_environment() -> dict[str, str]:
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE")
+    clean = {name: value for name, value in os.environ.items() if name not in launcher}
+    return clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+class Cable:
+    """Two hosts and what joins them."""
+
+    def __init__(self) -> None:
+        mark = f"{os.getpid() % 100000}"
+        self.hosts = [
+            Host(f"host{end}", f"collie{mark}{end}", f"v{mark}{end}", f"10.77.0.{number}")
+            for number, end in enumerate("AB", start=1)
+        ]
+
+    def lay(self) -> None:
+        a, b = self.hosts
+        for host in self.hosts:
+            ip("netns", "add", host.namespace)
+        ip("link", "add", a.device, "type", "veth", "peer", "name", b.device)
+        for host in self.hosts:
+            ip("link", "set", host.device, "netns", host.namespace)
+            ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.device)
+            ip("-n", host.namespace, "link", "set", "lo", "up")
+            ip("-n", host.namespace, "link", "set", host.device, "up")
+
+    def cut(self) -> None:
+        ip("-n", self.hosts[1].namespace, "link", "set", self.hosts[1].device, "down")
+
+    def remove(self) -> None:
+        for host in self.hosts:
+            for job in host.jobs:
+                job.end()
+            subprocess.run(["ip", "netns", "del", host.namespace], check=False, capture_output=True, timeout=20)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Cable]:
+    """Two hosts; skips where they cannot be made."""
+    missing = [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]
+    if sys.platform != "linux" or missing:
+        pytest.skip(f"needs Linux with {' and '.join(missing or ['network namespaces'])}")
+    if os.geteuid() != 0:
+        pytest.skip("making network namespaces needs root")
+    cable = Cable()
+    try:
+        cable.lay()
+    except subprocess.CalledProcessError as error:
+        cable.remove()
+        pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
+    try:
+        yield cable
+    finally:
+        cable.remove()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A plugin that slows training down or fails, as the environment says."""
+    folder = tmp_path / "site"
+    info = folder / "collie_hosts-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: collie-hosts\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[collie.hooks]\nhosts = collie_hosts\n")
+    (folder / "collie_hosts.py").write_text(PLUGIN)
+    return folder
+
+
+@pytest.fixture
+def run_file(tiny_llama: Path, instructions: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"model_name_or_path": str(tiny_llama)},
+        "data": {"train": str(instructions), "max_length": 128, "cache_dir": str(tmp_path / "cache")},
+        "train": {"max_steps": 4, "global_batch_size": 8, "output_dir": str(tmp_path / "run")},
+        "optimizer": {"type": "adamw", "lr": 1e-3},
+    }
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def torchrun(host: Host, first: Host, per_host: int, *arguments: str) -> list[str]:
+    """The command of a cluster, the same on each host but for who it is: here no name service tells."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--nnodes=2", f"--nproc_per_node={per_host}"),
+        *("--rdzv-backend=c10d", f"--rdzv-endpoint={first.address}:29411", "--rdzv-id=job"),
+        *(f"--rdzv-conf=is_host={int(host is first)}", f"--local-addr={host.address}"),
+        *("-m", "collie_core.cli", "train", *arguments),
+    ]
+
+
+def start_on_both(cable: Cable, per_host: int, *arguments: str, **variables: str) -> list[Job]:
+    first = cable.hosts[0]
+    return [host.start(*torchrun(host, first, per_host, *arguments), **variables) for host in cable.hosts]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def all_ended_within(ranks: list[psutil.Process], seconds: float) -> float:
+    began = time.monotonic()
+    _, alive = psutil.wait_procs(ranks, timeout=seconds)
+    assert not alive, f"{len(alive)} of {len(ranks)} ranks still run after {seconds} s"
+    return time.monotonic() - began
+
+
+TP2PP2DP2 = (
+    "parallel.tensor_parallel_size=2",
+    "parallel.pipeline_parallel_size=2",
+    "parallel.data_parallel_size=2",
+    "parallel.zero_stage=1",
+)
+
+
+def test_two_hosts_give_the_losses_of_one_process(hosts: Cable, run_file: Path, tmp_path: Path) -> None:
+    alone = subprocess.run(
+        [sys.executable, "-m", "collie_core.cli", "train", str(run_file), f"train.output_dir={tmp_path / 'one'}"],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr
+    jobs = start_on_both(hosts, 4, str(run_file), *TP2PP2DP2)
+    for job in jobs:
+        job.process.wait(timeout=STARTED_WITHIN_S)
+        assert job.process.returncode == 0, job.said
+    one, eight = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert len(one) == len(eight) == 4
+    assert max(abs(first - second) for first, second in zip(one, eight, strict=True)) <= 1e-5
+
+
+def test_a_cut_cable_ends_both_hosts(hosts: Cable, run_file: Path, site: Path) -> None:
+    jobs = start_on_both(
+        hosts, 4, str(run_file), *TP2PP2DP2, "train.max_steps=10000", PYTHONPATH=str(site), STEP_S="0.2"
+    )
+    jobs[0].wait_for("step 3/", STARTED_WITHIN_S)
+    ranks = [rank for job in jobs for rank in job.ranks()]
+    assert len(ranks) == 8
+    hosts.cut()
+    took = all_ended_within(ranks, ALL_END_WITHIN_S)
+    print(f"all ranks ended {took:.1f} s after the cut")
+    expected = ["ranks 4-7 of 8 on hostB", "rank 0 of 8 on hostA"]
+    for job, who in zip(jobs, expected, strict=True):
+        lines = re.findall(r"^(?!.*[{\"]).*no sign of life from .*$", job.said, re.MULTILINE)
+        print(job.said)
+        assert f"no sign of life from {who} for 15 s: the machine or its network is gone" in lines, job.said
+
+
+def test_a_failure_on_one_host_ends_both(hosts: Cable, run_file: Path, site: Path) -> None:
+    jobs = start_on_both(hosts, 2, str(run_file), "train.max_steps=10000", PYTHONPATH=str(site), FAULT="error")
+    said = "rank 3 of 4 on hostB failed: the disk of this machine is full"
+    jobs[1].wait_for(said, STARTED_WITHIN_S)
+    all_ended_within(jobs[0].ranks(), ALL_END_WITHIN_S)
+    for job in jobs:
+        print(job.said)
+        assert said in job.said
+        assert "Traceback" not in job.said.partition("torch/distributed/run.py")[0]
+
+
+def test_a_file_that_one_host_lacks_ends_both(hosts: Cable, run_file: Path, site: Path) -> None:
+    first, second = hosts.hosts
+    job = first.start(*torchrun(first, first, 2, str(run_file)))
+    other = second.start(*torchrun(second, first, 2, str(run_file.with_name("missing.yaml"))))
+    job.wait_for("missing.yaml", STARTED_WITHIN_S)
+    job.process.wait(timeout=ALL_END_WITHIN_S)
+    other.process.wait(timeout=ALL_END_WITHIN_S)
+    for each in (job, other):
+        print(each.said)
+        assert re.search(r"rank [23] of 4 on hostB failed: .*missing\.yaml", each.said)

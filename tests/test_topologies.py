@@ -1,0 +1,245 @@
+"""The promise of parity: every topology trains as one process does, for every family, and so as plain torch does."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import reference, write_family
+from plain import PlainRun
+from transformers import AutoModelForCausalLM
+
+from collie_core.api import RunConfig, Trainer
+
+STEPS, BATCH = 8, 8
+FAMILIES = ["llama", "llama_tied", "mistral", "qwen3", "internlm", "internlm2", "internlm3"]
+TOPOLOGIES = [
+    "dp1",
+    "tp2",
+    "tp4",
+    "pp2",
+    "pp3",
+    "tp2pp2",
+    "tp2pp2dp2zero1",
+    "tp2pp2dp2",
+    "pp2dp2zero1",
+    "dp2zero1",
+    "dp2zero2",
+    "dp2zero3",
+    "tp2dp2zero1",
+    "tp2dp2zero2",
+    "tp2dp2zero3",
+]
+
+
+class Record:
+    """Keeps loss and gradient norm of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def collie_after_step(self, loss: torch.Tensor) -> None:
+        self.losses.append(loss.item())
+
+    def collie_metrics(self, values: Any) -> None:
+        self.norms.append(values["grad_norm"])
+
+
+def sizes_of(topology: str) -> dict[str, int]:
+    """`tp2pp2dp2zero1` in numbers."""
+    found = {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", topology)}
+    return {"tp": 1, "pp": 1, "dp": 1, "zero": 0} | found
+
+
+def world_size_of(topology: str) -> int:
+    sizes = sizes_of(topology)
+    return sizes["tp"] * sizes["pp"] * sizes["dp"]
+
+
+def train(topology: str, model: Path, data: Path, output: Path, changes: dict[str, Any]) -> Record:
+    """This rank's part of a run: clipping, two micro-batches per step, padding."""
+    sizes = sizes_of(topology)
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"model_name_or_path": str(model)},
+        "data": {"train": str(data), "max_length": 256, "cache_dir": str(output / "cache")},
+        "parallel": {
+            "tensor_parallel_size": sizes["tp"],
+            "pipeline_parallel_size": sizes["pp"],
+            "zero_stage": sizes["zero"],
+        },
+        "train": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH // 2 // sizes["dp"],
+            "gradient_accumulation_steps": 2,
+            "max_grad_norm": 1.0,
+            "seed": 7,
+            "output_dir": str(output / "run"),
+            "overwrite_output_dir": True,
+        },
+        "optimizer": {"type": "adamw", "lr": 1e-3, "weight_decay": 0.01},
+        "lr_scheduler": {"type": "cosine", "warmup_ratio": 0.1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    record = Record()
+    Trainer(RunConfig(**sections), callbacks=[record], observers=()).train()
+    return record
+
+
+def train_all(topology: str, folder: Path, data: Path, output: Path, names: list[str], changes: dict[str, Any]) -> Any:
+    """One rank's losses and norms of every family."""
+    found = {}
+    for name in names:
+        record = train(topology, folder / name, data, output / name, changes)
+        found[name] = (record.losses, record.norms)
+    return found
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random checkpoint of each family."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        write_family(folder / name, name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(families: Path, instructions: Path) -> dict[str, tuple[PlainRun, dict[str, torch.Tensor]]]:
+    """The same training in plain torch: what came out, and the weights at the end."""
+    found = {}
+    for name in FAMILIES:
+        model = reference(families / name, name)
+        run = PlainRun(steps=STEPS, batch=BATCH).train(model, families / name, instructions)
+        found[name] = (run, model.state_dict())
+    return found
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    assert len(first) == len(second) == STEPS
+    return max(abs(one - other) for one, other in zip(first, second, strict=True))
+
+
+def assert_weights_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (found[name].float() - value).norm() / value.norm()
+        assert difference <= 1e-4, f"{name}: {difference:.2g}"
+
+
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_topology_trains_every_family_as_plain_torch_does(
+    topology: str, zygote: Any, families: Path, plain: Any, instructions: Path, tmp_path: Path
+) -> None:
+    ranks = zygote.run(
+        __file__,
+        "train_all",
+        world_size=world_size_of(topology),
+        args=(topology, families, instructions, tmp_path, FAMILIES, {}),
+        limit_s=400,
+    )
+    for name in FAMILIES:
+        expected, weights = plain[name]
+        losses, norms = ranks[0][name]
+        assert all(rank[name][0] == losses for rank in ranks), f"{name}: ranks report different losses"
+        assert losses[-1] < losses[0]
+        assert largest_difference(losses, expected.losses) <= 1e-5, name
+        assert largest_difference(norms, expected.norms) <= 1e-5 * max(1.0, *expected.norms), name
+        assert_weights_close(reference(tmp_path / name / "run" / "model", name).state_dict(), weights)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("topology", ["tp2", "pp2", "tp2pp2dp2zero1", "tp2dp2zero3"])
+def test_bfloat16_stays_near_float32(
+    topology: str, zygote: Any, families: Path, plain: Any, instructions: Path, tmp_path: Path
+) -> None:
+    names = ["llama_tied"]
+    ranks = zygote.run(
+        __file__,
+        "train_all",
+        world_size=world_size_of(topology),
+        args=(topology, families, instructions, tmp_path, names, {"model.dtype": "bfloat16"}),
+    )
+    losses, _ = ranks[0]["llama_tied"]
+    assert largest_difference(losses, plain["llama_tied"][0].losses) <= 2e-2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("topology", "changes"),
+    [
+        ("tp2", {"parallel.sequence_parallel": True}),
+        ("tp2pp2", {"parallel.sequence_parallel": True, "model.gradient_checkpointing": "full"}),
+        ("tp2pp2", {"data.packing": True}),
+        ("pp3", {"model.gradient_checkpointing": "full", "parallel.pipeline_cuts": "uniform"}),
+        ("pp2", {"parallel.pipeline_cuts": [1, 3]}),
+        ("pp2dp2zero2", {}),
+        ("dp2zero3", {"parallel.offload_optimizer": True, "parallel.offload_param": True}),
+        ("tp2dp2zero2", {"parallel.offload_optimizer": True}),
+        ("tp2pp2", {"train.gradient_accumulation_steps": 8, "train.per_device_train_batch_size": 1}),
+        ("pp2", {"train.gradient_accumulation_steps": 1, "train.per_device_train_batch_size": 8}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_options_change_nothing(
+    topology: str, changes: Any, zygote: Any, families: Path, plain: Any, instructions: Path, tmp_path: Path
+) -> None:
+    names = ["mistral" if changes.get("data.packing") else "llama_tied"]
+    ranks = zygote.run(
+        __file__,
+        "train_all",
+        world_size=world_size_of(topology),
+        args=(topology, families, instructions, tmp_path, names, changes),
+    )
+    (name,) = names
+    losses, norms = ranks[0][name]
+    assert largest_difference(losses, plain[name][0].losses) <= 1e-5
+    assert largest_difference(norms, plain[name][0].norms) <= 1e-5 * max(1.0, *plain[name][0].norms)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_real_model_trains_the_same_on_every_topology(
+    topology: str, zygote: Any, real_data: Path, tmp_path: Path, real_run: PlainRun
+) -> None:
+    data = real_data / "text" / "gsm8k_train_2000.jsonl"
+    (losses, norms), *_ = zygote.run(
+        __file__,
+        "train_one",
+        world_size=world_size_of(topology),
+        args=(topology, real_data / "stories260K-hf", data, tmp_path, {}),
+        limit_s=400,
+    )
+    assert largest_difference(losses, real_run.losses) <= 1e-5 * max(1.0, *real_run.losses)
+    assert largest_difference(norms, real_run.norms) <= 1e-5 * max(1.0, *real_run.norms)
+
+
+def train_one(topology: str, model: Path, data: Path, output: Path, changes: dict[str, Any]) -> Any:
+    record = train(topology, model, data, output, changes)
+    return record.losses, record.norms
+
+
+@pytest.fixture(scope="session")
+def real_run(real_data: Path) -> PlainRun:
+    """The real model in plain torch."""
+    folder = real_data / "stories260K-hf"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return PlainRun(steps=STEPS, batch=BATCH).train(model, folder, real_data / "text" / "gsm8k_train_2000.jsonl")
+
+
+def test_too_few_processes_are_refused_with_the_number_that_works(
+    families: Path, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert "RANK" not in os.environ
+    with pytest.raises(Exception, match=r"needs a multiple of 4 processes, but 1 were started; .* --nproc 4"):
+        train("tp2pp2", families / "llama", instructions, tmp_path, {})
