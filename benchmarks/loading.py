@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,9 @@ class Ours:
 
         gathered: Any = stays_whole
         if self.store is not None:
-            from deepspeed.runtime.zero.partition_parameters import GatheredParameters as gathered
+            from collie_core.engine.zero3 import gathered_on_first
+
+            gathered = partial(gathered_on_first, axis=self.topology.dp, device=self.topology.device)
         save_pretrained(folder, model, None, dtype=torch.bfloat16, topology=self.topology, gathered=gathered)
 
 

@@ -61,6 +61,10 @@ class Job:
     def said(self) -> str:
         return "".join(self.lines)
 
+    def tells(self, sentence: str) -> int:
+        """How often it stands in a line of its own, not in what torchrun quotes."""
+        return self.said.splitlines().count(sentence)
+
     def wait_for(self, text: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.said:
@@ -85,11 +89,22 @@ class Job:
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [
-            child
-            for child in children
-            if "collie_core.cli" in child.cmdline() and "torch.distributed" not in child.cmdline()[2]
-        ]
+        return [child for child in children if is_rank(child)]
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Whether it trains: torchrun's own command line holds that of the ranks."""
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        words = process.cmdline()
+        return "collie_core.cli" in words and "torch.distributed.run" not in words
+    return False
+
+
+def runs(process: psutil.Process) -> bool:
+    """Not when its parent has merely not asked yet how it ended."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 @dataclass
@@ -199,30 +214,43 @@ def run_file(tiny_llama: Path, instructions: Path, tmp_path: Path) -> Path:
     return path
 
 
-def torchrun(host: Host, first: Host, per_host: int, *arguments: str) -> list[str]:
-    """The command of a cluster, the same on each host but for who it is: here no name service tells."""
-    return [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes=2", f"--nproc_per_node={per_host}"),
-        *("--rdzv-backend=c10d", f"--rdzv-endpoint={first.address}:29411", "--rdzv-id=job"),
-        *(f"--rdzv-conf=is_host={int(host is first)}", f"--local-addr={host.address}"),
-        *("-m", "collie_core.cli", "train", *arguments),
-    ]
-
-
-def start_on_both(cable: Cable, per_host: int, *arguments: str, **variables: str) -> list[Job]:
+def torchrun(cable: Cable, host: Host, per_host: int, *arguments: str, rendezvous: bool = False) -> list[str]:
+    """The command of a cluster: with the place of each machine written down, or found at a rendezvous."""
     first = cable.hosts[0]
-    return [host.start(*torchrun(host, first, per_host, *arguments), **variables) for host in cable.hosts]
+    place = [f"--node_rank={cable.hosts.index(host)}", f"--master_addr={first.address}", "--master_port=29411"]
+    if rendezvous:
+        place = ["--rdzv-backend=c10d", f"--rdzv-endpoint={first.address}:29411", "--rdzv-id=job"]
+        # What the name service of a cluster tells it.
+        place += [f"--rdzv-conf=is_host={int(host is first)}", f"--local-addr={host.address}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={per_host}", *place]
+    return [*launcher, "-m", "collie_core.cli", "train", *arguments]
+
+
+def srun(cable: Cable, folder: Path, per_host: int, *arguments: str, **variables: str) -> list[Job]:
+    """As Slurm starts the processes: nobody ends the others when one fails."""
+    scontrol = folder / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho {cable.hosts[0].address}\n")
+    scontrol.chmod(0o755)
+    step = {"SLURM_STEP_NUM_TASKS": str(2 * per_host), "SLURM_STEP_NODELIST": "host[A-B]", "SLURM_JOB_ID": "9411"}
+    jobs = []
+    for rank in range(2 * per_host):
+        node, local = divmod(rank, per_host)
+        task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+        everything = step | task | variables | {"PATH": f"{folder}:{os.environ['PATH']}"}
+        command = [sys.executable, "-m", "collie_core.cli", "train", *arguments]
+        jobs.append(cable.hosts[node].start(*command, **everything))
+    return jobs
 
 
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def all_ended_within(ranks: list[psutil.Process], seconds: float) -> float:
+def all_end_within(seconds: float, ranks: list[psutil.Process]) -> float:
     began = time.monotonic()
-    _, alive = psutil.wait_procs(ranks, timeout=seconds)
-    assert not alive, f"{len(alive)} of {len(ranks)} ranks still run after {seconds} s"
+    while alive := [rank for rank in ranks if runs(rank)]:
+        assert time.monotonic() - began < seconds, f"{len(alive)} of {len(ranks)} ranks still run"
+        time.sleep(0.1)
     return time.monotonic() - began
 
 
@@ -244,8 +272,10 @@ def test_two_hosts_give_the_losses_of_one_process(hosts: Cable, run_file: Path, 
         check=False,
     )
     assert alone.returncode == 0, alone.stderr
-    jobs = start_on_both(hosts, 4, str(run_file), *TP2PP2DP2)
-    for job in jobs:
+    for host in hosts.hosts:
+        host.start(*torchrun(hosts, host, 4, str(run_file), *TP2PP2DP2, rendezvous=True))
+    for host in hosts.hosts:
+        job = host.jobs[0]
         job.process.wait(timeout=STARTED_WITHIN_S)
         assert job.process.returncode == 0, job.said
     one, eight = losses(tmp_path / "one"), losses(tmp_path / "run")
@@ -254,40 +284,54 @@ def test_two_hosts_give_the_losses_of_one_process(hosts: Cable, run_file: Path, 
 
 
 def test_a_cut_cable_ends_both_hosts(hosts: Cable, run_file: Path, site: Path) -> None:
-    jobs = start_on_both(
-        hosts, 4, str(run_file), *TP2PP2DP2, "train.max_steps=10000", PYTHONPATH=str(site), STEP_S="0.2"
+    arguments = (str(run_file), *TP2PP2DP2, "train.max_steps=10000")
+    a, b = (
+        host.start(*torchrun(hosts, host, 4, *arguments), PYTHONPATH=str(site), STEP_S="0.2") for host in hosts.hosts
     )
-    jobs[0].wait_for("step 3/", STARTED_WITHIN_S)
-    ranks = [rank for job in jobs for rank in job.ranks()]
+    a.wait_for("step 3/", STARTED_WITHIN_S)
+    ranks = [*a.ranks(), *b.ranks()]
     assert len(ranks) == 8
     hosts.cut()
-    took = all_ended_within(ranks, ALL_END_WITHIN_S)
+    took = all_end_within(ALL_END_WITHIN_S, ranks)
     print(f"all ranks ended {took:.1f} s after the cut")
-    expected = ["ranks 4-7 of 8 on hostB", "rank 0 of 8 on hostA"]
-    for job, who in zip(jobs, expected, strict=True):
-        lines = re.findall(r"^(?!.*[{\"]).*no sign of life from .*$", job.said, re.MULTILINE)
-        print(job.said)
-        assert f"no sign of life from {who} for 15 s: the machine or its network is gone" in lines, job.said
+    for job, who in ((a, "ranks 4-7 of 8 on hostB"), (b, "rank 0 of 8 on hostA")):
+        assert job.process.wait(timeout=ALL_END_WITHIN_S) != 0  # torchrun
+        assert job.tells(f"no sign of life from {who} for 15 s: the machine or its network is gone") == 1
 
 
 def test_a_failure_on_one_host_ends_both(hosts: Cable, run_file: Path, site: Path) -> None:
-    jobs = start_on_both(hosts, 2, str(run_file), "train.max_steps=10000", PYTHONPATH=str(site), FAULT="error")
+    arguments = (str(run_file), "train.max_steps=10000")
+    jobs = [
+        host.start(*torchrun(hosts, host, 2, *arguments, rendezvous=True), PYTHONPATH=str(site), FAULT="error")
+        for host in hosts.hosts
+    ]
     said = "rank 3 of 4 on hostB failed: the disk of this machine is full"
     jobs[1].wait_for(said, STARTED_WITHIN_S)
-    all_ended_within(jobs[0].ranks(), ALL_END_WITHIN_S)
     for job in jobs:
-        print(job.said)
-        assert said in job.said
-        assert "Traceback" not in job.said.partition("torch/distributed/run.py")[0]
+        assert job.process.wait(timeout=ALL_END_WITHIN_S) != 0
+        assert job.tells(said) == 1
 
 
-def test_a_file_that_one_host_lacks_ends_both(hosts: Cable, run_file: Path, site: Path) -> None:
-    first, second = hosts.hosts
-    job = first.start(*torchrun(first, first, 2, str(run_file)))
-    other = second.start(*torchrun(second, first, 2, str(run_file.with_name("missing.yaml"))))
-    job.wait_for("missing.yaml", STARTED_WITHIN_S)
-    job.process.wait(timeout=ALL_END_WITHIN_S)
-    other.process.wait(timeout=ALL_END_WITHIN_S)
-    for each in (job, other):
-        print(each.said)
-        assert re.search(r"rank [23] of 4 on hostB failed: .*missing\.yaml", each.said)
+def test_a_file_that_one_host_lacks_ends_both(hosts: Cable, run_file: Path) -> None:
+    """Before there is a process group."""
+    files = (run_file, run_file.with_name("missing.yaml"))
+    jobs = [host.start(*torchrun(hosts, host, 2, str(file))) for host, file in zip(hosts.hosts, files, strict=True)]
+    jobs[1].wait_for("missing.yaml: the file: cannot be read", STARTED_WITHIN_S)
+    for job in jobs:
+        assert job.process.wait(timeout=ALL_END_WITHIN_S) != 0
+        assert re.search(r"^rank [23] of 4 on hostB failed: .*missing\.yaml: the file: cannot be read", job.said, re.M)
+
+
+def test_a_killed_rank_under_srun_ends_both(hosts: Cable, run_file: Path, site: Path, tmp_path: Path) -> None:
+    variables = {"PYTHONPATH": str(site), "STEP_S": "0.2"}
+    jobs = srun(hosts, tmp_path, 2, str(run_file), "train.max_steps=10000", **variables)
+    jobs[0].wait_for("step 2/", STARTED_WITHIN_S)
+    ranks = [rank for job in jobs for rank in job.ranks()]
+    assert len(ranks) == 4
+    ranks[3].kill()
+    all_end_within(ALL_END_WITHIN_S, ranks)
+    said = (
+        "rank 3 of 4 on hostB is gone: its process ended without giving a reason (killed, perhaps for want of memory?)"
+    )
+    assert [job.tells(said) for job in jobs] == [1, 0, 1, 0]  # one on each host
+    assert "Traceback" not in "".join(job.said for job in jobs)

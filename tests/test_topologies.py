@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import pytest
 import torch
 from families import reference, write_family
 from plain import PlainRun
+from topologies import FAMILIES, sizes_of, world_size_of
 from transformers import AutoModelForCausalLM
 
 from collie_core.api import RunConfig, Trainer
 
 STEPS, BATCH = 8, 8
-FAMILIES = ["llama", "llama_tied", "mistral", "qwen3", "internlm", "internlm2", "internlm3"]
 TOPOLOGIES = [
     "dp1",
     "tp2",
@@ -48,17 +47,6 @@ class Record:
 
     def collie_metrics(self, values: Any) -> None:
         self.norms.append(values["grad_norm"])
-
-
-def sizes_of(topology: str) -> dict[str, int]:
-    """`tp2pp2dp2zero1` in numbers."""
-    found = {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", topology)}
-    return {"tp": 1, "pp": 1, "dp": 1, "zero": 0} | found
-
-
-def world_size_of(topology: str) -> int:
-    sizes = sizes_of(topology)
-    return sizes["tp"] * sizes["pp"] * sizes["dp"]
 
 
 def train(topology: str, model: Path, data: Path, output: Path, changes: dict[str, Any]) -> Record:

@@ -147,7 +147,6 @@ class Trainer:
         write_folder(path, write, self.topology)
         if self.topology.is_main:
             self.hooks.collie_checkpoint_saved(run=self.run, path=path)
-        self.topology.barrier()
         return path
 
     # -- how ---------------------------------------------------------------------------------------------------
@@ -218,7 +217,14 @@ class Trainer:
 
     def _write_model(self, folder: Path) -> None:
         model = cast("PreTrainedModel", self.model)
-        save_pretrained(folder, model, self.parts.tokenizer, dtype=self.parts.dtype, gathered=self.parts.gathered)
+        save_pretrained(
+            folder,
+            model,
+            self.parts.tokenizer,
+            dtype=self.parts.dtype,
+            topology=self.topology,
+            gathered=self.parts.gathered,
+        )
 
     def _write_adapter(self, folder: Path) -> None:
         adapter = self.config.adapter

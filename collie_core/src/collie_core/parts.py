@@ -241,7 +241,7 @@ class Parts:
         return self.step.precision() if self.training else autocast(self.device, self.dtype)
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Inside, these parameters hold all that is theirs on this rank. Collective over data-parallel ranks."""
+        """See `Step.gathered`."""
         return self.step.gathered(parameters) if self.training else nullcontext()
 
     def _optimizer(self) -> Optimizer:

@@ -74,6 +74,7 @@ class Watch:
         self, member: Member, store: Store, key: str, on_end: Callable[[Watch, Ending], None], *, master: str
     ) -> None:
         self.member = member
+        self._store = store  # on rank 0 it may be the server, which lives as long as somebody holds it
         self._on_end = on_end
         self._lock = threading.Lock()
         self._ending: Ending | None = None

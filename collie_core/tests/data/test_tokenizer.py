@@ -87,3 +87,10 @@ def test_padding_needs_no_new_token() -> None:
     assert padding_id(without) == without.eos_token_id == 2
     assert without.pad_token_id is None
     assert padding_id(small_tokenizer()) == 0
+
+
+def test_a_folder_has_the_tokens_that_its_files_say_whatever_the_model_type(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # AutoTokenizer would add <|endoftext|>
+    tokenizer = build_tokenizer(TokenizerConfig(), ModelConfig(model_name_or_path=str(tmp_path)))
+    assert len(tokenizer) == len(byte_tokenizer())

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from sharded import assert_same, batches, config_of, family_of, sharded_model, slice_of, start, whole_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    Olmo2Config,
-    PretrainedConfig,
-    Qwen3Config,
-)
+from transformers import MixtralConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding as ScaledEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 from zygote import Zygote
 
-from collie_core.config.parallel import ParallelConfig
 from collie_core.errors import ModelError
 from collie_core.model import collectives
+from collie_core.model.blocks import block_of
 from collie_core.model.collectives import Shares
 from collie_core.model.family import StockFamily
 from collie_core.model.partition import Partition, Placement, Rule, empty_model, plan
-from collie_core.model.sequence import sequence_parallel_layers
 from collie_core.model.shard import (
     cross_entropy,
     gathered_output,
@@ -41,24 +32,8 @@ from collie_core.model.shard import (
     sharded_logits,
     vocabulary_of,
 )
+from collie_core.model.stages import cut, own_part
 from collie_core.topology import Axis, Topology
-
-
-def start() -> Topology:
-    """All processes share each layer."""
-    return Topology.start(ParallelConfig(tensor_parallel_size=int(os.environ["WORLD_SIZE"])))
-
-
-def assert_same(mine: Tensor | None, expected: Tensor | None, what: str = "", *, within: float = 1e-5) -> None:
-    """Equal up to rounding, measured by the largest entry."""
-    assert mine is not None, what
-    assert expected is not None, what
-    assert mine.shape == expected.shape, what
-    if not mine.numel():
-        return
-    error = float((mine - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    assert error < within, f"{what}: {error}"
-
 
 # -- collectives ----------------------------------------------------------------------------------------------------
 
@@ -173,8 +148,16 @@ def partition_of(
     return Partition(size, (0, 0), placements, styles, (), "", "", head, "")
 
 
-def pair_of_rank(kind: str) -> None:
+PAIRS = ("linear", "no bias", "uneven", "conv1d", "packed", "packed row", "whole between")
+
+
+def pairs_of_rank() -> None:
     topology = start()
+    for kind in PAIRS:
+        compare_pair(kind, topology)
+
+
+def compare_pair(kind: str, topology: Topology) -> None:
     torch.manual_seed(0)
     whole, rules, styles = make_pair(kind)
     whole = whole.double()
@@ -202,9 +185,8 @@ def pair_of_rank(kind: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("kind", ["linear", "no bias", "uneven", "conv1d", "packed", "packed row", "whole between"])
-def test_a_pair_of_linear_modules(zygote: Zygote, kind: str, ranks: int) -> None:
-    zygote.run(__file__, "pair_of_rank", world_size=ranks, args=(kind,))
+def test_pairs_of_linear_modules(zygote: Zygote, ranks: int) -> None:
+    zygote.run(__file__, "pairs_of_rank", world_size=ranks)
 
 
 def embedding_of_rank() -> None:
@@ -413,97 +395,6 @@ def test_cross_entropy_of_a_whole_vocabulary() -> None:
 
 # -- whole models ---------------------------------------------------------------------------------------------------
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 46,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def config_of(name: str) -> PretrainedConfig:
-    one_kv = SIZES | {"num_key_value_heads": 1}
-    configs: dict[str, Callable[[], PretrainedConfig]] = {
-        "llama": lambda: LlamaConfig(**SIZES),
-        "llama tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
-        "llama biases": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-        "llama one kv": lambda: LlamaConfig(**one_kv, attention_bias=True),
-        "qwen3": lambda: Qwen3Config(**SIZES, head_dim=8),
-        "qwen3 one kv": lambda: Qwen3Config(**one_kv, head_dim=8),
-        "olmo2": lambda: Olmo2Config(**SIZES),
-        "mixtral": lambda: MixtralConfig(**(SIZES | {"intermediate_size": 48}), num_local_experts=4, sliding_window=None),
-        "gemma2": lambda: Gemma2Config(
-            **SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=4, attn_implementation="eager"
-        ),
-        "gpt2": lambda: GPT2Config(
-            vocab_size=67, n_embd=32, n_layer=3, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-        ),
-    }
-    return configs[name]()
-
-
-def family_of(config: PretrainedConfig) -> StockFamily:
-    if config.model_type != "gpt2":
-        return StockFamily(config.model_type)
-    return StockFamily(
-        "gpt2",
-        tensor_plan={
-            "transformer.h.*.attn.c_attn": "packed_colwise:3",
-            "transformer.h.*.attn.c_proj": "rowwise",
-            "transformer.h.*.mlp.c_fc": "colwise",
-            "transformer.h.*.mlp.c_proj": "rowwise",
-        },
-        divided={"transformer.h.*.attn": ("split_size", "num_heads", "embed_dim")},
-    )
-
-
-def whole_model(config: PretrainedConfig) -> Any:
-    """Random, with norms and biases that are not their neutral start values."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.train()
-
-
-def sharded_model(
-    whole: Any, config: PretrainedConfig, topology: Topology, *, sequence_parallel: bool = False
-) -> tuple[Any, Partition]:
-    """The model as it is built in a run: on the meta device, cut, then filled with this rank's slices."""
-    family = family_of(config)
-    model = empty_model(family, config)
-    partition = plan(model, family, tensor_size=topology.tp.size)
-    shard(model, partition, family, topology, sequence_parallel=sequence_parallel)
-    filled: dict[nn.Parameter, nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        assert parameter.is_meta
-        assert tuple(parameter.shape) == partition.placements[name].local_shape(topology.tp.size, topology.tp.rank)
-        if parameter not in filled:
-            values = slice_of(whole.get_parameter(name).detach(), partition.placements[name].rule, topology)
-            filled[parameter] = nn.Parameter(values.clone())
-        path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._parameters[leaf] = filled[parameter]
-    return model.train(), partition
-
-
-def slice_of(whole: Tensor, rule: Rule | None, topology: Topology) -> Tensor:
-    return whole if rule is None else Shares.by_rule(rule, topology.tp).take(whole, rule.dim)
-
-
-def batches() -> list[dict[str, Tensor]]:
-    """Two rows of 7 positions, then one of 10 in which two samples are packed."""
-    generator = torch.Generator().manual_seed(1)
-    first, second = (torch.randint(0, 67, shape, generator=generator) for shape in ((2, 7), (1, 10)))
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
-    return [{"input_ids": first}, {"input_ids": second, "position_ids": positions}]
-
 
 def loss_of(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The summed loss, over the share of the vocabulary that the model has, and the whole logits."""
@@ -542,53 +433,149 @@ def compare(whole: Any, part: Any, partition: Partition, topology: Topology) -> 
     assert_same(squares.sqrt(), norm, "norm")
 
 
-def model_of_rank(name: str, sequence_parallel: bool, checkpointing: bool) -> None:
-    topology, config = start(), config_of(name)
+def models_of_rank(names: list[str], sequence_parallel: bool, checkpointing: bool) -> None:
+    topology = start()
+    for name in names:
+        print(name, flush=True)  # into the log of a failure
+        config = config_of(name)
+        whole = whole_model(config)
+        part, partition = sharded_model(whole, config, topology, sequence_parallel=sequence_parallel)
+        if checkpointing:
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+        compare(whole, part, partition, topology)
+
+
+ON_TWO = ["llama", "llama tied", "llama biases", "llama one kv", "qwen3", "mixtral", "gemma2", "gpt2", "phi3"]
+ON_FOUR = ["llama", "llama biases", "llama one kv", "qwen3 one kv", "olmo2", "gemma2"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(("ranks", "names"), [(2, ON_TWO), (4, ON_FOUR)])
+def test_models(zygote: Zygote, ranks: int, names: list[str], sequence_parallel: bool, checkpointing: bool) -> None:
+    zygote.run(__file__, "models_of_rank", world_size=ranks, args=(names, sequence_parallel, checkpointing))
+
+
+def facts_of_rank() -> None:
+    """What stands on a sharded model, and what others ask it."""
+    topology, config = start(), config_of("llama")
     whole = whole_model(config)
-    part, partition = sharded_model(whole, config, topology, sequence_parallel=sequence_parallel)
-    if checkpointing:
-        part.gradient_checkpointing_enable({"use_reentrant": False})
-    compare(whole, part, partition, topology)
+    part, _ = sharded_model(whole, config, topology)
+    layer = part.model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, nn.Linear)
+    assert type(layer.self_attn.q_proj).__name__ == "ColumnParallelLinear"
+    assert layer.self_attn.q_proj.out_features == 16
+    assert layer.mlp.down_proj.in_features == 23
+
+    ids = batches()[0]["input_ids"]
+    outputs: list[Tensor] = []
+    for model in (whole, part):
+        hook = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *call: outputs.append(call[2]))
+        model(ids, use_cache=False)
+        hook.remove()
+    expected, mine = outputs
+    assert_same(gathered_output(layer.self_attn.k_proj, mine), expected)
+    assert gathered_output(layer.mlp.down_proj, mine) is None
+    assert gathered_output(part.lm_head, mine) is None
+    with sharded_logits(part):
+        assert part(ids).logits.shape[-1] == (34, 33)[topology.tp.rank]
+    assert part(ids).logits.shape[-1] == 67
+
+    twin = copy.deepcopy(part)  # as adapters do with single modules
+    assert twin.lm_head.shares.axis.group is topology.tp.group
+    install_gradient_hooks(twin)
+    assert twin.lm_head.weight.tensor_model_parallel
+    assert_same(twin(ids).logits, part(ids).logits)
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"),
-    [
-        ("llama", 2),
-        ("llama", 4),
-        ("llama tied", 2),
-        ("llama biases", 2),
-        ("llama one kv", 2),
-        ("llama one kv", 4),
-        ("qwen3", 2),
-        ("qwen3 one kv", 4),
-        ("olmo2", 4),
-        ("mixtral", 2),
-        ("gemma2", 2),
-        ("gpt2", 2),
-    ],
-)
-def test_models(zygote: Zygote, name: str, ranks: int) -> None:
-    zygote.run(__file__, "model_of_rank", world_size=ranks, args=(name, False, False))
+def test_what_others_ask_of_a_sharded_model(zygote: Zygote) -> None:
+    zygote.run(__file__, "facts_of_rank", world_size=2)
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks", "checkpointing"),
-    [
-        ("llama", 2, False),
-        ("llama", 4, True),
-        ("llama biases", 4, False),
-        ("llama one kv", 4, False),
-        ("qwen3", 2, True),
-        ("olmo2", 2, True),
-        ("mixtral", 2, True),
-        ("gemma2", 4, True),
-        ("gpt2", 2, True),
-    ],
-)
-def test_sequence_parallel_models(zygote: Zygote, name: str, ranks: int, checkpointing: bool) -> None:
-    zygote.run(__file__, "model_of_rank", world_size=ranks, args=(name, True, checkpointing))
+# -- sequence parallelism -------------------------------------------------------------------------------------------
 
 
-def test_gradient_checkpointing(zygote: Zygote) -> None:
-    zygote.run(__file__, "model_of_rank", world_size=2, args=("llama", False, True))
+class Scale(nn.Module):
+    """What an adapter may put into a block: a parameter that works on what the block computes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.factor * self.inner(hidden)
+        return output
+
+
+def sequence_of_rank() -> None:
+    """Layers hold shares; blocks notice modules that come later; single positions work, as generation has them."""
+    topology, config = start(), config_of("llama biases")
+    whole = whole_model(config)
+    part, partition = sharded_model(whole, config, topology, sequence_parallel=True)
+    seen: list[tuple[str, int]] = []
+    for name in ("input_layernorm", "self_attn.q_proj", "mlp", "post_attention_layernorm", "mlp.down_proj"):
+        part.model.layers[1].get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.append((name, output.shape[1]))
+        )
+    ids = batches()[0]["input_ids"]
+    part(ids)
+    mine = (4, 3)[topology.tp.rank]
+    assert seen == [
+        ("input_layernorm", mine),
+        ("self_attn.q_proj", 7),
+        ("post_attention_layernorm", mine),
+        ("mlp.down_proj", mine),
+        ("mlp", mine),
+    ]
+    with torch.no_grad():
+        assert_same(part(ids[:, :1], use_cache=False).logits, whole(ids[:, :1], use_cache=False).logits)
+        options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
+        texts = [model.eval().generate(ids[:, :3], **options) for model in (whole, part)]
+        assert torch.equal(*texts)
+
+    placements = dict(partition.placements)
+    for path in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.o_proj"):
+        for model in (whole.train(), part.train()):
+            model.set_submodule(path, Scale(model.get_submodule(path)))
+        for leaf in ("weight", "bias"):
+            placements[f"{path}.inner.{leaf}"] = placements[f"{path}.{leaf}"]
+        placements[f"{path}.factor"] = Placement("", (), 0)
+    compare(whole, part, replace(partition, placements=placements), topology)
+    blocks = [block for layer in part.model.layers for child in layer.children() if (block := block_of(child))]
+    assert [block.only_shards for block in blocks] == [True, False, True, True, False, True]
+
+
+def test_sequence_parallel_layers_hold_shares_and_follow_changes(zygote: Zygote) -> None:
+    zygote.run(__file__, "sequence_of_rank", world_size=2)
+
+
+def stages_of_rank() -> None:
+    """Each rank computes both pipeline stages of its share, one after the other."""
+    topology, config = start(), config_of("llama")
+    whole, family, ids = whole_model(config), family_of(config), batches()[0]["input_ids"]
+    partition = plan(empty_model(family, config), family, tensor_size=2, pipeline_size=2)
+    given: dict[str, Tensor] = {"input_ids": ids}
+    for number in range(2):
+        place = Topology(tp=topology.tp, pp=Axis(2, number))
+        stage = copy.deepcopy(whole)
+        cut(stage, partition, family, place)
+        shard(stage, partition, family, place, sequence_parallel=True)
+        with own_part(stage), torch.no_grad():
+            given = {"inputs_embeds": stage(**given, use_cache=False).logits}
+        assert (vocabulary_of(stage) is None) == (number == 0)
+    assert_same(given["inputs_embeds"], whole(ids).logits)
+
+
+def test_sequence_parallel_stages(zygote: Zygote) -> None:
+    zygote.run(__file__, "stages_of_rank", world_size=2)
+
+
+def test_a_layer_that_may_mix_positions_is_refused() -> None:
+    config = config_of("llama")
+    family, model = family_of(config), empty_model(family_of(config), config)
+    partition = plan(model, family, tensor_size=2)
+    model.model.layers[1].input_layernorm = nn.Conv1d(32, 32, 3, bias=False, device="meta")
+    message = r"sequence_parallel: layers.1.input_layernorm.weight of shape \[32, 32, 3\] is neither split"
+    with pytest.raises(ModelError, match=message):
+        shard(model, partition, family, Topology(tp=Axis(2, 0)), sequence_parallel=True)

@@ -93,9 +93,7 @@ def _serve() -> None:
 def _run_ranks(
     folder: Path, file: str, function: str, world_size: int, args: tuple[Any, ...], limit_s: float
 ) -> tuple[list[tuple[int, Any]], list[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     pids = []
     for rank in range(world_size):
         pid = os.fork()
@@ -108,6 +106,19 @@ def _run_ranks(
         answer = folder / f"{rank}.pickle"
         results.append((code, pickle.loads(answer.read_bytes()) if code == 0 else None))  # noqa: S301
     return results, [(folder / f"{rank}.log").read_text(errors="replace")[-8000:] for rank in range(world_size)]
+
+
+def _free_port() -> int:
+    """Below the ports that outgoing connections take, and another for each test process of this machine."""
+    for attempt in range(100):
+        port = 10000 + (os.getpid() * 97 + time.time_ns() // 1000 + attempt) % 20000
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise OSError("no free port between 10000 and 30000")
 
 
 def _be_rank(

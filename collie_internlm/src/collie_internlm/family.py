@@ -50,10 +50,18 @@ def _weights() -> dict[str, Source]:
     return found
 
 
-INTERNLM = StockFamily("internlm", stock_type="llama", translate=from_internlm)
+INTERNLM = StockFamily(
+    "internlm", stock_type="llama", architecture="InternLMForCausalLM", translate=from_internlm
+)
 """InternLM 1 has llama's names, and biases on all four projections of attention."""
 
-INTERNLM2 = StockFamily("internlm2", stock_type="llama", translate=from_internlm2, weights=_weights())
+INTERNLM2 = StockFamily(
+    "internlm2",
+    stock_type="llama",
+    architecture="InternLM2ForCausalLM",
+    translate=from_internlm2,
+    weights=_weights(),
+)
 """InternLM 2 and 2.5 have names of their own, and queries, keys and values in one tensor."""
 
 INTERNLM3 = StockFamily("internlm3")

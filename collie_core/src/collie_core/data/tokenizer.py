@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from collie_core.errors import ModelError
 
@@ -39,10 +39,8 @@ def build_tokenizer(section: TokenizerConfig, model: ModelConfig) -> PreTrainedT
             "a model from random weights brings no tokenizer; set tokenizer.name_or_path to a folder or hub "
             "id, or tokenizer.type to byte"
         )
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        tokenizer = _tokenizer_class(name).from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # (a torn tokenizer.json raises a bare Exception)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot load a tokenizer from {name}: {reason}") from error
@@ -50,6 +48,15 @@ def build_tokenizer(section: TokenizerConfig, model: ModelConfig) -> PreTrainedT
         raise ModelError(f"{name} holds no tokenizer; set tokenizer.name_or_path, or tokenizer.type to byte")
     require_fast(tokenizer, name)
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _tokenizer_class(name: str) -> Any:
+    """The class of the files: for some model types `AutoTokenizer` takes another, which adds tokens of its own."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    written = get_tokenizer_config(name).get("tokenizer_class")
+    return PreTrainedTokenizerFast if written in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
 
 
 def require_fast(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

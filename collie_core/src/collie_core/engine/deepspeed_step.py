@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from collie_core.compat import deepspeed_start
 from collie_core.engine.deepspeed_config import deepspeed_config as deepspeed_config
 from collie_core.engine import pipeline
 from collie_core.engine.step import NOT_A_NUMBER, LossFn, TrainFn, loss_of_copy, stage_output, token_mean_loss
+from collie_core.engine.zero3 import gathered_on_first
 from collie_core.errors import RunError
 from collie_core.model.shard import install_gradient_hooks
 from collie_core.model.stages import embedding_weight, lend_head, receive_head_gradient, return_head_gradient
@@ -116,9 +117,7 @@ class DeepSpeedStep:
         """See `Step`."""
         if self.stage < 3:
             return nullcontext()
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-        return cast(AbstractContextManager[Any], GatheredParameters(list(parameters)))
+        return gathered_on_first(parameters, self.topology.dp, self.engine.device)
 
 
 class Ranks:

@@ -68,7 +68,7 @@ class Step(Protocol):
         """The autocast context of a forward pass."""
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Inside, these parameters hold all that is theirs on this rank. Collective over data-parallel ranks."""
+        """Inside, these parameters hold all that the first data-parallel rank has of them. Collective over those."""
 
 
 def token_mean_loss(

@@ -275,7 +275,7 @@ def _first_sentence(error: BaseException) -> str:
 
 def _refuse_unknown_keys(config: PretrainedConfig, raw: dict[str, Any]) -> None:
     # A key that the class does not declare but that is gone from the instance was understood (rope_theta).
-    ignored = [key for key in unknown_keys(config, list(raw)) if hasattr(config, key)]
+    ignored = [key for key in unknown_keys(config, list(raw)) if key in vars(config)]
     if not ignored:
         return
     known = [name for name in vars(config) if not name.startswith("_") and name not in ignored]

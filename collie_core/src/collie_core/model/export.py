@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from collie_core.model.part import Part, part_of
@@ -52,11 +53,15 @@ def save_pretrained(
 ) -> None:
     """Write the model in `dtype` with its configs, and the tokenizer. Collective; the main rank writes.
 
+    A model that a program handed in does not know its `topology`, so with several ranks it must be given.
+
     Raises:
         RunError: the main rank cannot write.
     """
     part = part_of(model)
-    topology = topology or (Topology() if part is None else part.topology)
+    if topology is None:
+        assert part or not dist.is_initialized() or dist.get_world_size() == 1, "which rank writes?"
+        topology = Topology() if part is None else part.topology
     if part is None:
         _save_handed_in(folder, model, dtype, topology, gathered)
     else:

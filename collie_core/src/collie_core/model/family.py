@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +44,9 @@ class StockFamily:
     stock_type: str = ""
     """The `model_type` of the transformers classes to use; empty: the same."""
 
+    architecture: str = ""
+    """The name under which other tools know the model of such a config.json; empty: the stock class."""
+
     translate: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     """Its config.json in the words of the stock config."""
 
@@ -76,7 +80,8 @@ class StockFamily:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        options = {key: value for key, value in self.translate(raw).items() if key != "model_type"}
+        # A copy, since transformers completes nested mappings in place.
+        options = {key: value for key, value in self.translate(deepcopy(dict(raw))).items() if key != "model_type"}
         try:
             return AutoConfig.for_model(self.stock_type or self.model_type, **options)
         except (ValueError, TypeError, StrictDataclassError) as error:
@@ -86,7 +91,10 @@ class StockFamily:
         """The config.json of an export: of a stock family the stock one, else `raw`, as the family has it."""
         if not self.stock_type:
             return config.to_diff_dict()
-        return dict(raw) | {"model_type": self.model_type, "torch_dtype": str(config.dtype).removeprefix("torch.")}
+        written = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
+        if self.architecture:
+            written.setdefault("architectures", [self.architecture])
+        return written | {"model_type": self.model_type, "torch_dtype": str(config.dtype).removeprefix("torch.")}
 
 
 def unknown_keys(config: PretrainedConfig, keys: list[str]) -> list[str]:

@@ -45,7 +45,7 @@ DTYPES: dict[str, torch.dtype] = {
     }.items()
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-CHUNK = 1 << 24  # entries that are converted and written at a time
+CHUNK = 1 << 20  # entries that are converted and written at a time
 
 
 class Kind(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from collie_core.errors import ModelError
-from collie_core.model.boxes import slices
-from collie_core.model.weights import Dtypes, Store, assign, local_boxes, own_parameters, tie
+from collie_core.model.boxes import Box, slices
+from collie_core.model.weights import Dtypes, ShardReader, Store, assign, own_parameters, tie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def initialize(
             values = _initial_values(stock, path, leaves, seed)
             for leaf, value in values.items():
                 name = f"{path}.{leaf}" if path else leaf
-                reader = _Reader(value, partition.placements[name], topology.tp, dtypes.of(name, value.dtype))
+                reader = _Slices(value, partition.placements[name], topology.tp, dtypes.of(name, value.dtype))
                 store(model.get_submodule(path), leaf, reader.shape, reader)
     tie(model, partition)
 
@@ -107,16 +107,13 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
 
 
-class _Reader:
-    """Rows of this rank's shard of one parameter that stands whole. See `weights.Read`."""
+class _Slices(ShardReader):
+    """From a parameter that stands whole."""
 
     def __init__(self, value: Tensor, placement: Placement, axis: Axis, dtype: torch.dtype) -> None:
-        self.value, self.dtype = value, dtype
-        self.boxes = local_boxes(placement, axis.size, axis.rank)
-        self.shape = placement.local_shape(axis.size, axis.rank)
+        super().__init__(placement, axis, dtype)
+        self.value = value
 
-    def __call__(self, rows: tuple[int, int] | None = None) -> Tensor:
-        shard = torch.empty(self.shape, dtype=self.dtype)
-        for there, here in self.boxes:
-            shard[slices(here)] = self.value[slices(there)]
-        return shard if rows is None or not self.shape else shard[rows[0] : rows[1]]
+    def fill(self, values: Tensor, there: Box, here: Box) -> None:
+        """See `ShardReader`."""
+        values[slices(here)] = self.value[slices(there)]

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from collie_core.model.collectives import Shares, copy_to, gather_from, scatter_summed, split_to, sum_from
 
 if TYPE_CHECKING:
+    from collie_core.model.blocks import Block
     from collie_core.model.partition import Rule
-    from collie_core.model.sequence import Block
     from collie_core.topology import Axis
 
 
@@ -48,7 +48,7 @@ class ColumnParallel(nn.Module):
     collie_shard: Shard
     shares: Shares  # of the outputs
     gathers: bool  # whether every rank gets all outputs
-    block: Block | None  # where its input comes from under sequence parallelism
+    block: Block | None  # that its input comes from
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs of this rank], or all outputs."""
@@ -69,7 +69,7 @@ class RowParallel(nn.Module):
     shares: Shares  # of the inputs
     splits: bool  # whether it is given all inputs
     transposed: bool  # whether its weight is [inputs, outputs]
-    block: Block | None  # where its output goes under sequence parallelism
+    block: Block | None  # whose output it makes
     weight: Tensor
     bias: Tensor | None
 
@@ -78,8 +78,9 @@ class RowParallel(nn.Module):
         if self.splits:
             hidden = split_to(hidden, self.shares, -1)
         output = hidden @ self.weight if self.transposed else F.linear(hidden, self.weight)
-        if self.block is not None and self.block.sums_inputs:
-            output = scatter_summed(output, self.block.positions.shares, 1)
+        positions = self.block.positions if self.block is not None and self.block.sums_inputs else None
+        if positions is not None:
+            output = scatter_summed(output, positions.shares, 1)
         else:
             output = sum_from(output, self.shares.axis)
         return output if self.bias is None else output + self.bias.to(output.dtype)

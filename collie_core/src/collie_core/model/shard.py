@@ -1,8 +1,8 @@
 """Tensor parallelism: the stock model with its modules cut over the ranks of the tensor-parallel axis, in place.
 
 Which parameter is cut how is the plan's matter (`partition.py`); here modules learn to compute with their shares.
-`layers.py` has the modules, `collectives.py` what they exchange, `vocabulary.py` the loss, and `sequence.py` the
-variant in which ranks share the positions too.
+`layers.py` has the modules, `blocks.py` what they share, `collectives.py` what they exchange, `vocabulary.py` the loss,
+and `sequence.py` the variant in which ranks share the positions too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from collie_core.errors import ModelError
+from collie_core.model.blocks import make_blocks, settle_blocks
 from collie_core.model.collectives import Shares, gather_from, gathered, total
 from collie_core.model.layers import (
     ColumnParallel,
@@ -28,12 +29,7 @@ from collie_core.model.layers import (
     shard_of,
 )
 from collie_core.model.partition import COLUMN, EMBEDDING, ROW, pattern
-from collie_core.model.sequence import (
-    divide_positions,
-    partial_parameters,
-    sequence_parallel_layers,
-    settle_blocks,
-)
+from collie_core.model.sequence import divide_positions, partial_parameters, sequence_parallel_layers
 from collie_core.model.stages import Stub
 from collie_core.model.vocabulary import Vocabulary, cross_entropy
 
@@ -87,10 +83,13 @@ def shard(
             _apply_style(name, modules[name], style, axis, is_head=name == partition.head)
     _divide_attributes(modules, getattr(family, "divided", {}), axis)
     _divide_groups(modules)
+    owned = partition.owned_layers(topology.pp.rank)
+    layers = {name: model.base_model.get_submodule(name) for name in (f"{partition.layers}.{n}" for n in owned)}
     if sequence_parallel:
-        layers = getattr(model.base_model, partition.layers)
-        owned = partition.owned_layers(topology.pp.rank)
-        divide_positions({f"{partition.layers}.{number}": layers[number] for number in owned}, axis)
+        divide_positions(layers, axis)
+    else:
+        for layer in layers.values():
+            make_blocks(layer, axis, None)
 
 
 def install_gradient_hooks(model: nn.Module) -> None:
@@ -99,9 +98,8 @@ def install_gradient_hooks(model: nn.Module) -> None:
     To be called when the model is complete and `requires_grad` is final; again after either has changed. The hooks
     run before gradients are accumulated, so several micro-batches and ZeRO see whole gradients.
     """
-    layers = sequence_parallel_layers(model)
-    settle_blocks(layers)
-    for layer in layers:
+    settle_blocks(model)
+    for layer in sequence_parallel_layers(model):
         for parameter in partial_parameters(layer):
             _hook(parameter, layer.positions.axis, layer.positions.axis.size)
     for module in model.modules():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -34,6 +36,8 @@ Read = Callable[["tuple[int, int] | None"], Tensor]
 
 Store = Callable[[nn.Module, str, "tuple[int, ...]", Read], None]
 """(module, name of the parameter in it, shape of this rank's shard, read): puts one parameter into its module."""
+
+GATHERED = 1 << 19  # entries of a shard that are sent at a time: freed blocks of this size are used again
 
 Gathered = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 """A context in which parameters hold all that is theirs on this rank; collective over data-parallel ranks."""
@@ -78,9 +82,12 @@ def load(
     damaged: set[str] = set()
     dtypes = Dtypes(model, dtype)
     for module, leaf, name in own_parameters(model, partition):
-        placement = partition.placements[name]
-        reader = _Reader(checkpoint, layout[name], placement, topology.tp, dtypes, damaged)
+        pieces = layout[name]
+        kind = dtypes.of(name, checkpoint.dtype(pieces[0].key))
+        reader = _FileReader(checkpoint, pieces, partition.placements[name], topology.tp, kind)
         store(module, leaf, reader.shape, reader)
+        if not reader.finite:
+            damaged.add(name)
     tie(model, partition)
     for name, buffer in model.named_buffers():
         if name in layout:
@@ -127,23 +134,18 @@ def local_boxes(placement: Placement, size: int, rank: int) -> list[tuple[Box, B
     return boxes
 
 
-class _Reader:
-    """Reads rows of this rank's shard of one parameter straight from the files. See `Read`."""
+class ShardReader(ABC):
+    """Makes rows of this rank's shard of one parameter. See `Read`."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        pieces: Sequence[Piece],
-        placement: Placement,
-        axis: Axis,
-        dtypes: Dtypes,
-        damaged: set[str],
-    ) -> None:
-        self.checkpoint, self.pieces, self.damaged = checkpoint, pieces, damaged
+    def __init__(self, placement: Placement, axis: Axis, dtype: torch.dtype) -> None:
         self.name = placement.name
         self.boxes = local_boxes(placement, axis.size, axis.rank)
         self.shape = placement.local_shape(axis.size, axis.rank)
-        self.dtype = dtypes.of(self.name, checkpoint.dtype(pieces[0].key))
+        self.dtype = dtype
+
+    @abstractmethod
+    def fill(self, values: Tensor, there: Box, here: Box) -> None:
+        """Copy box `there` of the whole tensor to box `here` of `values`."""
 
     def __call__(self, rows: tuple[int, int] | None = None) -> Tensor:
         wanted = whole(self.shape)
@@ -152,17 +154,31 @@ class _Reader:
         values = torch.empty(shape_of(wanted), dtype=self.dtype)
         for there, here in self.boxes:
             if (part := common(here, wanted)) is not None:
-                self._fill(values, moved(part, here, there), moved(part, wanted, whole(values.shape)))
-        if not is_finite(values):
-            self.damaged.add(self.name)
+                self.fill(values, moved(part, here, there), moved(part, wanted, whole(values.shape)))
         return values
 
-    def _fill(self, values: Tensor, there: Box, here: Box) -> None:
-        """Copy box `there` of the whole tensor to box `here` of `values`."""
+
+class _FileReader(ShardReader):
+    """Straight from the files; `finite` says whether all that was read is."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, pieces: Sequence[Piece], placement: Placement, axis: Axis, dtype: torch.dtype
+    ) -> None:
+        super().__init__(placement, axis, dtype)
+        self.checkpoint, self.pieces = checkpoint, pieces
+        self.finite = True
+
+    def fill(self, values: Tensor, there: Box, here: Box) -> None:
+        """See `ShardReader`."""
         for piece in self.pieces:
             if (part := common(piece.target, there)) is not None:
                 found = self.checkpoint.read(piece.key, moved(part, piece.target, piece.source))
                 values[slices(moved(part, there, here))] = found
+
+    def __call__(self, rows: tuple[int, int] | None = None) -> Tensor:
+        values = super().__call__(rows)
+        self.finite = self.finite and is_finite(values)
+        return values
 
 
 def is_finite(values: Tensor) -> bool:
@@ -207,7 +223,7 @@ def save(
 ) -> None:
     """Write the weights of the whole model to `folder`, in the layout in which they were read. Collective.
 
-    Every tensor goes to its place in the files as soon as it is gathered: no rank holds more than one, and its shards.
+    Every tensor goes to its place in the files as soon as it is gathered, so no rank holds more than one.
 
     Raises:
         RunError: the main rank cannot write, on every rank.
@@ -229,6 +245,7 @@ def save(
                 files.write(piece.key, piece.source, value[slices(piece.target)].reshape(shape_of(piece.source)))
         except OSError as error:
             failure = error
+        del value  # before the next one is gathered
     if files is not None:
         try:
             files.close(complete=failure is None)
@@ -291,21 +308,40 @@ def _joined(shard: Tensor, placement: Placement | None, axis: Axis) -> Tensor | 
     if placement is None or placement.rule is None:
         return shard if axis.rank == 0 else None
     dim = placement.rule.dim
-    lengths = [placement.rule.length(axis.size, rank) for rank in range(axis.size)]
-    padded = list(placement.shape)
-    padded[dim] = max(lengths)  # every rank must send the same shape
-    mine = shard if shard.shape[dim] == padded[dim] else shard.new_zeros(padded)
-    if mine is not shard:
-        mine.narrow(dim, 0, shard.shape[dim]).copy_(shard)
-    shards = [torch.empty(padded, dtype=mine.dtype, device=mine.device) for _ in lengths] if axis.rank == 0 else None
-    dist.gather(mine.contiguous(), shards, dst=axis.ranks[0], group=axis.group)
-    if shards is None:
-        return None
-    value = shard.new_empty(placement.shape)
-    for rank, received in enumerate(shards):
-        for there, here in local_boxes(placement, axis.size, rank):
-            value[slices(there)] = received[slices(here)]
+    sizes = [placement.local_shape(axis.size, rank) for rank in range(axis.size)]
+    padded = replaced(whole(sizes[0]), dim, (0, max(size[dim] for size in sizes)))
+    boxes = [local_boxes(placement, axis.size, rank) for rank in range(axis.size)]
+    value = shard.new_empty(placement.shape) if axis.rank == 0 else None
+    for rows in _blocks(padded):
+        block = replaced(padded, 0, rows)
+        received = _gathered_block(shard, block, axis)
+        if value is None:
+            continue
+        for part, places in zip(received, boxes, strict=True):
+            for there, here in places:
+                if (kept := common(here, block)) is not None:
+                    value[slices(moved(kept, here, there))] = part[slices(moved(kept, block, whole(part.shape)))]
     return value
+
+
+def _blocks(box: Box) -> Iterator[tuple[int, int]]:
+    """Rows of a box, so few that a block of them is small beside a large tensor."""
+    (begin, end), *rest = box
+    step = max(1, GATHERED // max(1, math.prod(shape_of(tuple(rest)))))
+    for start in range(begin, end, step):
+        yield start, min(start + step, end)
+
+
+def _gathered_block(shard: Tensor, block: Box, axis: Axis) -> list[Tensor]:
+    """A block of every rank's shard on the first rank; what a smaller shard lacks of it holds anything."""
+    mine = shard[slices(block)]
+    if mine.shape != shape_of(block):
+        wide = shard.new_empty(shape_of(block))
+        wide[slices(whole(mine.shape))] = mine
+        mine = wide
+    received = [mine.new_empty(shape_of(block)) for _ in range(axis.size)] if axis.rank == 0 else None
+    dist.gather(mine.contiguous(), received, dst=axis.ranks[0], group=axis.group)
+    return received or []
 
 
 def _sent_to_first(value: Tensor | None, stage: int, kind: Kind, topology: Topology) -> Tensor | None:
