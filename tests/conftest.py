@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "collie_core" / "tests" / "support")]
 
-from zygote import Zygote
+from zygote import Zygote  # noqa: E402
 
 
 @pytest.fixture(scope="session")

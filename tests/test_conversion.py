@@ -110,7 +110,9 @@ def test_logits_are_those_of_transformers(topology: str, zygote: Any, sharded_fa
 @pytest.mark.parametrize("topology", ["dp1", "tp2", "tp4", "pp2", "pp5", "tp2pp2"])
 def test_logits_of_a_real_model_are_those_of_transformers(topology: str, zygote: Any, real_data: Path) -> None:
     name = "stories260K-hf"
-    ranks = zygote.run(__file__, "logits_of_all", world_size=world_size_of(topology), args=(topology, real_data, [name]))
+    ranks = zygote.run(
+        __file__, "logits_of_all", world_size=world_size_of(topology), args=(topology, real_data, [name])
+    )
     model = AutoModelForCausalLM.from_pretrained(real_data / name, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(IDS).logits

@@ -231,3 +231,30 @@ def test_too_few_processes_are_refused_with_the_number_that_works(
     assert "RANK" not in os.environ
     with pytest.raises(Exception, match=r"needs a multiple of 4 processes, but 1 were started; .* --nproc 4"):
         train("tp2pp2", families / "llama", instructions, tmp_path, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dropout_is_the_same_on_every_topology(
+    zygote: Any, families: Path, instructions: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dropped"
+    write_family(folder, "llama_tied", changes={"attention_dropout": 0.2})
+    topologies: list[tuple[str, dict[str, Any]]] = [
+        ("dp1", {}),
+        ("dp2zero1", {}),
+        ("tp2", {"parallel.sequence_parallel": True}),
+        ("tp2pp2", {"model.gradient_checkpointing": "full"}),
+        ("dp1", {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 8}),
+        ("dp1", {"data.packing": True}),
+    ]
+    runs = []
+    for number, (topology, changes) in enumerate(topologies):
+        args = (topology, folder, instructions, tmp_path / str(number), changes)
+        losses, _ = zygote.run(__file__, "train_one", world_size=world_size_of(topology), args=args)[0]
+        runs.append(losses)
+    (plain,) = zygote.run(
+        __file__, "train_one", world_size=1, args=("dp1", families / "llama_tied", instructions, tmp_path / "x", {})
+    )
+    assert largest_difference(runs[0], plain[0]) > 1e-3  # it does drop
+    for losses in runs[1:]:
+        assert largest_difference(losses, runs[0]) <= 1e-5

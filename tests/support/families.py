@@ -61,11 +61,13 @@ BY_HAND = ("internlm", "internlm2")
 """Model types whose files transformers cannot read."""
 
 
-def write_family(folder: Path, name: str, seed: int = 0, shards: int = 1) -> None:
+def write_family(
+    folder: Path, name: str, seed: int = 0, shards: int = 1, changes: dict[str, Any] | None = None
+) -> None:
     """Write config.json, the byte tokenizer and random weights; norms and biases are not 1 and 0."""
     from collie_core.data.tokenizer import byte_tokenizer
 
-    raw = CONFIGS[name]
+    raw = CONFIGS[name] | (changes or {})
     folder.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save_pretrained(folder)
     tensors = internlm_files.random_tensors(raw, seed) if raw["model_type"] in BY_HAND else _stock_tensors(raw, seed)

@@ -32,7 +32,6 @@ from collie_core.report import (
 from collie_core.report.meter import Meter
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from collie_core.config.run import RunConfig

@@ -207,8 +207,8 @@ class Recorder:
         number = self._calls[name] = self._calls.get(name, 0) + 1
         whole = gathered_output(module, tensor.detach())
         prints = _fingerprints(tensor.detach() if whole is None else whole, self._layouts[self._forward])
-        kept = self._found["modules"].setdefault(name if number == 1 else f"{name} (call {number})", {})
-        kept.update(prints)
+        if prints:
+            self._found["modules"].setdefault(name if number == 1 else f"{name} (call {number})", {}).update(prints)
 
 
 def _is_whole(module: nn.Module) -> bool:
@@ -316,6 +316,35 @@ def largest(first: Sequence[float], second: Sequence[float], *, relative: bool =
         for one, other in zip(first, second, strict=True)
     ]
     return max((value if math.isfinite(value) else math.inf for value in found), default=math.inf)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two records lie apart."""
+
+    loss: float
+    norm: float  # relative
+    output: float  # relative, of the module that differs most
+    tolerance: float
+
+    @classmethod
+    def of(cls, first: Record, second: Record, tolerance: float) -> Comparison:
+        """Of two records of equally many steps."""
+        outputs = [difference.size for difference in differences(first, second)]
+        norm = largest(first.norms, second.norms, relative=True)
+        return cls(largest(first.losses, second.losses), norm, max(outputs, default=0.0), tolerance)
+
+    @property
+    def same(self) -> bool:
+        """Whether all of it is within the tolerances."""
+        return max(self.loss, self.norm, self.output / OUTPUT_TOLERANCE) <= self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"losses differ by at most {self.loss:.1e}, gradient norms by {self.norm:.1e} of their size "
+            f"({self.tolerance:g} is allowed), outputs of modules in the first step by {self.output:.1e} of theirs "
+            f"({self.tolerance * OUTPUT_TOLERANCE:g})"
+        )
 
 
 def differences(first: Record, second: Record) -> Iterator[Difference]:

@@ -19,9 +19,10 @@ from collie_core.data.dataset import TokenizedDataset, prepare_dataset
 from collie_core.data.formats import chat_template
 from collie_core.data.loader import Batch, Loader, check_packing, eval_batches
 from collie_core.data.tokenizer import build_tokenizer, padding_id
-from collie_core.errors import MISSING, ConfigError, Problem
 from collie_core.engine.step import LossFn, Step, TorchStep, TrainFn, autocast, token_mean_loss
+from collie_core.errors import MISSING, ConfigError, Problem
 from collie_core.model.build import check_length, compute_dtype, load_pretrained, parameter_counts
+from collie_core.model.dropout import install as install_dropout
 from collie_core.model.stages import borrow_head, lend_head
 from collie_core.optimizers.build import parameter_groups, schedule
 from collie_core.topology import Topology
@@ -207,10 +208,12 @@ class Parts:
         return step
 
     def _engine(self, optimizer: Optimizer, scheduler: LRScheduler) -> Step:
+        dropout, seed = install_dropout(self.model, self.topology), self.config.train.seed
         shared: dict[str, Any] = {
             "topology": self.topology,
             "loss_fn": self.given.loss_fn,
             "train_fn": self.given.train_fn,
+            "around": lambda batch: dropout.samples(seed, batch.layout),
         }
         if self.config.parallel.zero_stage == 0:
             max_grad_norm = self.config.train.max_grad_norm

@@ -71,9 +71,7 @@ def make_step(model: LlamaForCausalLM, topology: Topology, parallel: ParallelCon
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     if parallel.zero_stage == 0:
-        return TorchStep(
-            model, optimizer, scheduler, topology=topology, dtype=torch.float32, max_grad_norm=0.5
-        )
+        return TorchStep(model, optimizer, scheduler, topology=topology, dtype=torch.float32, max_grad_norm=0.5)
     from collie_core.engine.deepspeed_step import DeepSpeedStep
 
     config = deepspeed_config(
@@ -120,7 +118,7 @@ def test_stages_train_as_the_whole_model_does(
 
 def use(stages: int) -> dict[str, Any]:
     """What a stage is, and what calling it outside of training gives."""
-    model, topology = make_stage(ParallelConfig(pipeline_parallel_size=stages))
+    model, _ = make_stage(ParallelConfig(pipeline_parallel_size=stages))
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 101, (2, 7), generator=generator)
     mask = torch.ones_like(ids)

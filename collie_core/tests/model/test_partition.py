@@ -110,7 +110,7 @@ def test_what_cannot_be_cut_is_refused_with_the_sizes_that_can(sizes: dict[str, 
 def test_a_family_without_a_tensor_plan_is_refused_by_name() -> None:
     config = GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=64)
     assert plan_of(config, pipeline_size=2).cuts == (0, 1, 2)
-    with pytest.raises(ModelError, match="declares how gpt2 is shared .* declare `tensor_plan`"):
+    with pytest.raises(ModelError, match=r"declares how gpt2 is shared .* declare `tensor_plan`"):
         plan_of(config, tensor_size=2)
 
 
@@ -128,9 +128,7 @@ def test_a_parameter_outside_the_plan_is_refused() -> None:
 def test_balanced_cuts_have_the_smallest_largest_stage() -> None:
     layers, before, after = [3, 1, 4, 1, 5, 9, 2], 6, 5
     for size in range(1, 8):
-        choices = [
-            [0, *inner, len(layers)] for inner in itertools.combinations(range(1, len(layers)), size - 1)
-        ]
+        choices = [[0, *inner, len(layers)] for inner in itertools.combinations(range(1, len(layers)), size - 1)]
 
         def largest(bounds: list[int]) -> int:
             return max(

@@ -50,9 +50,7 @@ def _weights() -> dict[str, Source]:
     return found
 
 
-INTERNLM = StockFamily(
-    "internlm", stock_type="llama", architecture="InternLMForCausalLM", translate=from_internlm
-)
+INTERNLM = StockFamily("internlm", stock_type="llama", architecture="InternLMForCausalLM", translate=from_internlm)
 """InternLM 1 has llama's names, and biases on all four projections of attention."""
 
 INTERNLM2 = StockFamily(

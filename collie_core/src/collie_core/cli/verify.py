@@ -48,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
         raise RunError(f"--steps {args.steps}: must be at least 1")
     first, second, dtype = _rehearse(args)
     print(f"\n{_table(args.a, args.b, first, second)}\n")
-    return _judge(first, second, parity.TOLERANCE[dtype])
+    compared = parity.Comparison.of(first, second, parity.TOLERANCE[dtype])
+    print(f"{'the same' if compared.same else 'NOT the same'}: {compared}")
+    if compared.same:
+        return 0
+    print(_explanation(first, second, compared.tolerance * parity.OUTPUT_TOLERANCE))
+    return 1
 
 
 def _rehearse(args: argparse.Namespace) -> tuple[Record, Record, str]:
@@ -109,20 +114,6 @@ def _table(a: str, b: str, first: Record, second: Record) -> str:
             values = f"{one:>{width}.8f}  {other:>{width}.8f}  {one - other:>{width}.1e}"
             lines.append(f"{step:>4}  {values}")
     return "\n".join(lines)
-
-
-def _judge(first: Record, second: Record, tolerance: float) -> int:
-    from collie_core import parity
-
-    loss = parity.largest(first.losses, second.losses)
-    norm = parity.largest(first.norms, second.norms, relative=True)
-    found = f"losses differ by at most {loss:.1e}, gradient norms by {norm:.1e} of their size; {tolerance:g} is allowed"
-    if max(loss, norm) <= tolerance:
-        print(f"the same: {found}")
-        return 0
-    print(f"NOT the same: {found}")
-    print(_explanation(first, second, tolerance * parity.OUTPUT_TOLERANCE))
-    return 1
 
 
 def _explanation(first: Record, second: Record, tolerance: float) -> str:

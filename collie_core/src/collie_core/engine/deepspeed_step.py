@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from collie_core.compat import deepspeed_start
-from collie_core.engine.deepspeed_config import deepspeed_config as deepspeed_config
 from collie_core.engine import pipeline
+from collie_core.engine.deepspeed_config import deepspeed_config as deepspeed_config
 from collie_core.engine.step import NOT_A_NUMBER, LossFn, TrainFn, loss_of_copy, stage_output, token_mean_loss
 from collie_core.engine.zero3 import gathered_on_first
 from collie_core.errors import RunError
@@ -42,12 +42,14 @@ class DeepSpeedStep:
         topology: Topology,
         loss_fn: LossFn = token_mean_loss,
         train_fn: TrainFn | None = None,
+        around: pipeline.Around = lambda batch: nullcontext(),
     ) -> None:
         self.engine = _initialize(model, optimizer, config, topology)
         self.scheduler = scheduler
         self.topology = topology
         self.loss_fn = loss_fn
         self.train_fn = train_fn
+        self.around = around
         self.stage = int(config["zero_optimization"]["stage"])
         install_gradient_hooks(model)
         lend_head(model)  # in the precision of the engine
@@ -79,7 +81,7 @@ class DeepSpeedStep:
                 total.add_(output.detach())
             return output
 
-        pipeline.forward_backward(self.engine, batch.on(device), forward, self._backward)
+        pipeline.forward_backward(self.engine, batch.on(device), forward, self._backward, self.around)
         return_head_gradient(self.engine.module)
         if self.topology.dp.size > 1:
             dist.all_reduce(total, group=self.topology.dp.group)
@@ -136,31 +138,31 @@ class Ranks:
             }.items()
         }
 
-    def get_data_parallel_world_size(self) -> int:  # noqa: D102 - the names say it
+    def get_data_parallel_world_size(self) -> int:
         return self._axes["data_parallel"][0]
 
-    def get_data_parallel_rank(self) -> int:  # noqa: D102
+    def get_data_parallel_rank(self) -> int:
         return self._axes["data_parallel"][1]
 
-    def get_data_parallel_group(self) -> Any:  # noqa: D102
+    def get_data_parallel_group(self) -> Any:
         return self._axes["data_parallel"][2]
 
-    def get_data_parallel_group_ranks(self) -> list[int]:  # noqa: D102
+    def get_data_parallel_group_ranks(self) -> list[int]:
         return self._axes["data_parallel"][3]
 
-    def get_tensor_model_parallel_world_size(self) -> int:  # noqa: D102
+    def get_tensor_model_parallel_world_size(self) -> int:
         return self._axes["tensor_model_parallel"][0]
 
-    def get_tensor_model_parallel_rank(self) -> int:  # noqa: D102
+    def get_tensor_model_parallel_rank(self) -> int:
         return self._axes["tensor_model_parallel"][1]
 
-    def get_tensor_model_parallel_group(self) -> Any:  # noqa: D102
+    def get_tensor_model_parallel_group(self) -> Any:
         return self._axes["tensor_model_parallel"][2]
 
-    def get_pipeline_model_parallel_world_size(self) -> int:  # noqa: D102
+    def get_pipeline_model_parallel_world_size(self) -> int:
         return self._axes["pipeline_model_parallel"][0]
 
-    def get_model_parallel_world_size(self) -> int:  # noqa: D102
+    def get_model_parallel_world_size(self) -> int:
         return self._axes["model_parallel"][0]
 
     def get_model_parallel_rank(self) -> int:

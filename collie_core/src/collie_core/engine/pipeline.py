@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,15 @@ Backward = Callable[["Batch", Tensor, Tensor | None, bool], None]
 """(micro-batch, what forward gave, its gradient or None for a loss, whether it is the last one of the step)."""
 
 
-def forward_backward(model: nn.Module, batches: Sequence[Batch], forward: Forward, backward: Backward) -> None:
+Around = Callable[["Batch"], AbstractContextManager[Any]]
+"""(micro-batch) -> a context for its forward, and again for its backward."""
+
+
+def forward_backward(
+    model: nn.Module, batches: Sequence[Batch], forward: Forward, backward: Backward, around: Around
+) -> None:
     """Run every micro-batch forward and backward; gradients add up. Collective over the stages of a copy."""
+    forward, backward = _inside(forward, backward, around)
     stage = stage_of(model)
     if stage is None:
         for number, batch in enumerate(batches):
@@ -50,6 +58,18 @@ def forward_only(model: nn.Module, batches: Iterator[Batch], forward: Forward) -
         output = forward(batch, hidden)
         wire.exchange(send=wire.after(output))
         yield batch, output if stage.is_last else None
+
+
+def _inside(forward: Forward, backward: Backward, around: Around) -> tuple[Forward, Backward]:
+    def forward_inside(batch: Batch, hidden: Tensor | None) -> Tensor:
+        with around(batch):
+            return forward(batch, hidden)
+
+    def backward_inside(batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
+        with around(batch):
+            backward(batch, output, gradient, last)
+
+    return forward_inside, backward_inside
 
 
 class _Schedule:

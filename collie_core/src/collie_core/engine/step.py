@@ -71,9 +71,7 @@ class Step(Protocol):
         """Inside, these parameters hold all that the first data-parallel rank has of them. Collective over those."""
 
 
-def token_mean_loss(
-    outputs: Any, labels: Tensor, target_tokens: int, vocabulary: Vocabulary | None = None
-) -> Tensor:
+def token_mean_loss(outputs: Any, labels: Tensor, target_tokens: int, vocabulary: Vocabulary | None = None) -> Tensor:
     """Sum of the token losses of a micro-batch, divided by the targets of the whole global batch.
 
     `outputs.logits` [B, L, V] at a position predict the token after it; `labels` [B, L] hold targets at their own
@@ -146,6 +144,7 @@ class TorchStep:
         max_grad_norm: float | None,
         loss_fn: LossFn = token_mean_loss,
         train_fn: TrainFn | None = None,
+        around: pipeline.Around = lambda batch: nullcontext(),
     ) -> None:
         self._model = model
         self.optimizer = optimizer
@@ -155,6 +154,7 @@ class TorchStep:
         self.max_grad_norm = max_grad_norm
         self.loss_fn = loss_fn
         self.train_fn = train_fn
+        self.around = around
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
         # float16 has too small a range for gradients; the scaler keeps them in it, and grows back after an overflow.
@@ -188,7 +188,7 @@ class TorchStep:
                 total.add_(output.detach())
             return output
 
-        pipeline.forward_backward(self._model, batch.on(self.device), forward, self._backward)
+        pipeline.forward_backward(self._model, batch.on(self.device), forward, self._backward, self.around)
         return_head_gradient(self._model)
         self._sum_over_data(total)
         return loss_of_copy(total, self.topology)

@@ -1,4 +1,4 @@
-"""ZeRO-3 from the first byte: each parameter is partitioned as it is loaded, and each rank reads its own share alone."""
+"""ZeRO-3 from the first byte: parameters are partitioned as they are loaded, and each rank reads its own share alone."""
 
 from __future__ import annotations
 
@@ -115,6 +115,6 @@ def _without_broadcast() -> Any:
         def partition_only(self, parameter: nn.Parameter) -> None:
             parameter.data = parameter.data.to(self.local_device)
             self._convert_to_deepspeed_param(parameter)
-            parameter.partition()
+            parameter.partition()  # type: ignore[attr-defined]
 
     return Init

@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from collie_core.config.split import tensor_size_problem
 from collie_core.errors import ModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
     from collie_core.hookspecs import ModelFamily
@@ -116,7 +116,7 @@ def pattern(name: str) -> str:
 
 def empty_model(family: ModelFamily, config: PretrainedConfig) -> PreTrainedModel:
     """The whole model of a family without memory: parameters on the meta device, buffers such as rope real."""
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
@@ -183,7 +183,7 @@ class _Names:
 
         modules = {id(module): name for name, module in reversed(list(model.named_modules()))}
         base = model.base_model
-        children = tuple(getattr(family, "pipeline_plan", ())) or _derived_children(base)
+        children = tuple(getattr(family, "pipeline_plan", ())) or _derived_children(cast("PreTrainedModel", base))
         lists = [name for name in children if isinstance(getattr(base, name, None), nn.ModuleList)]
         return cls(
             family.model_type,

@@ -89,7 +89,7 @@ def cut(model: PreTrainedModel, partition: Partition, family: ModelFamily, topol
     layers = getattr(base, partition.layers)
     owned = partition.owned_layers(axis.rank)
     stubs = getattr(family, "stubs", {})
-    for name, child in base.named_children():
+    for name, _ in base.named_children():
         if name == partition.layers:
             for number in range(len(layers)):
                 if number not in owned:
@@ -110,7 +110,8 @@ def cut(model: PreTrainedModel, partition: Partition, family: ModelFamily, topol
         partition.tied,
         partition.embedding,
     )
-    model.__class__ = _stage_class(type(model))
+    stock: Any = type(model)
+    model.__class__ = _stage_class(stock)
 
 
 @contextmanager
@@ -296,8 +297,9 @@ def stage_cache(model: nn.Module) -> Any:
             assert stage is not None
             if number in stage.owned or number >= len(self.layers):
                 return number if number in stage.owned else stage.owned[0]
-            kind = self.layers[number].is_sliding
-            return next((own for own in stage.owned if self.layers[own].is_sliding == kind), stage.owned[0])
+            layers: Any = self.layers
+            kind = layers[number].is_sliding
+            return next((own for own in stage.owned if layers[own].is_sliding == kind), stage.owned[0])
 
     config: Any = model.config
     return StageCache(config=config.get_text_config())
