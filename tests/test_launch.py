@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
+from zygote import RanksFailed
+
+from collie_core.api import RunError, Topology
+from collie_core.config.parallel import ParallelConfig
+from collie_core.watch import GRACE_S, watching
 
 FAULTS = """
 import os, signal, time
@@ -148,3 +155,65 @@ def test_under_another_launcher_nproc_is_refused(run_file: Path) -> None:
     )
     assert done.returncode == 1
     assert "a launcher has started the processes already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("error", "rank 1 of 2 on {host} failed: the cable of rank one is cut"),
+        ("bug", "rank 1 of 2 on {host} failed: ZeroDivisionError: a bug of rank one"),
+        ("kill", "rank 1 of 2 on {host} is gone: its process ended without giving a reason"),
+    ],
+)
+def test_under_torchrun_one_process_tells_why_all_end(fault: str, said: str, run_file: Path, faults: Path) -> None:
+    scripts = Path(sys.executable).parent
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    done = subprocess.run(
+        [*torchrun, str(scripts / "collie"), "train", str(run_file)],
+        env=environment(PYTHONPATH=str(faults), FAULT=fault),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1
+    ours, _, _ = done.stderr.partition("torch/distributed/elastic/multiprocessing/api.py")  # what torchrun says
+    expected = said.format(host=socket.gethostname())
+    told = [line for line in ours.splitlines() if line.startswith(expected)]
+    # Of a killed rank torchrun may hear first, and end the process that would have told.
+    assert len(told) == 1 or (fault == "kill" and "Signal 9 (SIGKILL)" in done.stderr), done.stderr
+    assert ("Traceback" in ours) == (fault == "bug")
+
+
+def watched(fault: str) -> float:
+    """How long this rank of somebody's own program took, where one of two raises and the other waits for it."""
+    topology = Topology.start(ParallelConfig())
+    began = time.monotonic()
+    try:
+        with watching(topology):
+            topology.barrier()
+            if fault == "all" or topology.rank == 1:
+                raise RunError("no such luck")
+            time.sleep(60)
+    except RunError:
+        if fault == "one":
+            time.sleep(2 * GRACE_S)  # the program has more to do
+    return time.monotonic() - began
+
+
+def test_in_a_program_of_ones_own_a_rank_that_raises_ends_the_others(zygote: Any) -> None:
+    with pytest.raises(RanksFailed, match=r"rank 1 of 2 on .* failed: no such luck"):
+        zygote.run(__file__, "watched", world_size=2, args=("one",))
+
+
+def test_ranks_that_all_raise_are_left_to_their_program(zygote: Any) -> None:
+    assert max(zygote.run(__file__, "watched", world_size=2, args=("all",))) < GRACE_S
+    assert len(zygote.run(__file__, "watched_twice", world_size=2)) == 2
+
+
+def watched_twice() -> None:
+    """Two trainings in one program."""
+    topology = Topology.start(ParallelConfig())
+    for _ in range(2):
+        with watching(topology), watching(topology):
+            topology.barrier()

@@ -234,9 +234,7 @@ def test_too_few_processes_are_refused_with_the_number_that_works(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_dropout_is_the_same_on_every_topology(
-    zygote: Any, families: Path, instructions: Path, tmp_path: Path
-) -> None:
+def test_dropout_is_the_same_on_every_topology(zygote: Any, families: Path, instructions: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dropped"
     write_family(folder, "llama_tied", changes={"attention_dropout": 0.2})
     topologies: list[tuple[str, dict[str, Any]]] = [
@@ -258,3 +256,62 @@ def test_dropout_is_the_same_on_every_topology(
     assert largest_difference(runs[0], plain[0]) > 1e-3  # it does drop
     for losses in runs[1:]:
         assert largest_difference(losses, runs[0]) <= 1e-5
+
+
+class Samples:
+    """Keeps the sample answers of evaluations, which the main rank is told."""
+
+    def __init__(self) -> None:
+        self.predictions: list[str] = []
+
+    def collie_evaluated(self, samples: Any) -> None:
+        self.predictions += [sample.prediction for sample in samples]
+
+
+def token_sum(outputs: Any, labels: torch.Tensor, target_tokens: int) -> torch.Tensor:
+    """A loss of one's own, which needs the logits of the whole vocabulary."""
+    assert outputs.logits.shape[-1] == 259
+    losses = torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    return 0.5 * losses / target_tokens
+
+
+def evaluate(topology: str, model: Path, data: Path, output: Path) -> Any:
+    """Losses by a function of one's own, perplexity and answers before and after training."""
+    sizes = sizes_of(topology)
+    config = RunConfig(
+        model={"model_name_or_path": str(model)},
+        data={"train": str(data), "eval": str(data), "max_length": 256, "cache_dir": str(output / "cache")},
+        parallel={
+            "tensor_parallel_size": sizes["tp"],
+            "pipeline_parallel_size": sizes["pp"],
+            "zero_stage": sizes["zero"],
+        },
+        train={"max_steps": 2, "global_batch_size": 8, "output_dir": str(output / "run"), "seed": 7},
+        optimizer={"type": "adamw", "lr": 1e-3},
+        evaluation={"on_start": True, "print_samples": 3, "per_device_eval_batch_size": 3},
+    )
+    record, samples = Record(), Samples()
+    trainer = Trainer(config, callbacks=[record, samples], observers=(), loss_fn=token_sum)
+    results = trainer.train()
+    return record.losses, results["eval/perplexity"], samples.predictions
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("topology", ["tp2", "pp3", "tp2pp2dp2", "dp2zero3", "tp2dp2zero1"])
+def test_evaluation_samples_and_a_loss_of_ones_own_are_those_of_one_process(
+    topology: str, zygote: Any, families: Path, instructions: Path, tmp_path: Path
+) -> None:
+    args = (families / "llama_tied", instructions)
+    ((losses, perplexity, predictions),) = zygote.run(
+        __file__, "evaluate", world_size=1, args=("dp1", *args, tmp_path / "one")
+    )
+    ranks = zygote.run(
+        __file__, "evaluate", world_size=world_size_of(topology), args=(topology, *args, tmp_path / "many")
+    )
+    assert len(predictions) == 6
+    assert ranks[0][2] == predictions
+    for found, found_perplexity, _ in ranks:
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=0, atol=1e-5)
+        assert found_perplexity == pytest.approx(perplexity, rel=1e-5)

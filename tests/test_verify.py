@@ -99,6 +99,7 @@ def recorded(zygote: Any, site: Path, tmp_path: Path) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_the_command_compares_two_topologies(tiny_llama: Path, instructions: Path, site: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(sections(instructions, tmp_path, model_name_or_path=str(tiny_llama))))
@@ -127,6 +128,7 @@ def test_the_command_compares_two_topologies(tiny_llama: Path, instructions: Pat
     assert "steps 0: must be at least 1" in verify("--a", "tp2", "--steps", "0").stderr
 
 
+@pytest.mark.slow
 def test_all_modules_agree_on_every_topology(
     recorded: Any, tiny_llama: Path, instructions: Path, tmp_path: Path
 ) -> None:

@@ -150,7 +150,7 @@ class Hub:
             guest.parted = True
             sentence = failed(guest.member, message["failed"])
             if not message["witness"]:
-                self._decide(sentence, guest.member.rank, speaker=guest.member)
+                self._decide(sentence, guest.member.rank, told_by=guest.member)
             elif self._rumour is None:
                 self._rumour = (time.monotonic() + WITNESS_S, guest.member, sentence)
         elif "bye" in message:
@@ -181,21 +181,32 @@ class Hub:
         now = time.monotonic()
         if self._rumour is not None and now > self._rumour[0]:
             _, member, sentence = self._rumour
-            self._decide(sentence, member.rank, speaker=member)
+            self._decide(sentence, member.rank, told_by=member)
         missing = sorted(set(range(self.world_size)) - self._arrived)
         if missing and now > self._arrival_until:
             late = f"{ranks(missing)} of {self.world_size} did not start within {ARRIVAL_S:.0f} s of rank 0"
             self._decide(f"{late}: the messages of their machines may say why", missing[0])
 
-    def _decide(self, sentence: str, rank: int, *, speaker: Member | None = None) -> None:
-        """The first failure is the one that everybody hears of. One process speaks on each machine."""
+    def _decide(self, sentence: str, rank: int, *, told_by: Member | None = None) -> None:
+        """The first failure is the one that everybody hears of. One process speaks on each machine.
+
+        Args:
+            rank: whose failure it is.
+            told_by: that rank, where it still lives.
+        """
         if self._verdict is not None:
             return
-        here = sorted((guest.member for guest in self._guests if guest.member), key=lambda member: member.rank)
+        here = [guest.member for guest in self._guests if guest.member is not None and guest.member.rank != rank]
         speakers: dict[str, int] = {}
-        for member in [speaker, *here] if speaker else here:
+        for member in sorted(here, key=lambda member: member.rank):
             speakers.setdefault(member.node, member.rank)
-        self._verdict = {"sentence": sentence, "rank": rank, "speakers": sorted(speakers.values())}
+        told_on = told_by.node if told_by else None
+        self._verdict = {
+            "sentence": sentence,
+            "rank": rank,
+            "told_on": told_on,
+            "speakers": sorted(speakers.values()),
+        }
         self._farewell_until = time.monotonic() + FAREWELL_S
         for guest in list(self._guests):
             if guest.member is not None:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,8 @@ class Ending:
 
     sentence: str  # one line, or several where an error for people has several
     rank: int  # whose failure it is
-    speaks: bool  # whether this process tells the people at its machine
+    speaks: bool = False  # whether this process is the one to tell the people at its machine
+    beside: bool = False  # whether the one that fails runs here too, and can tell by itself
 
 
 class Watch:
@@ -109,7 +110,7 @@ class Watch:
             with suppress(OSError):
                 send(self._connection, {"failed": reason[:_LONGEST], "witness": witness})
                 self._ended.wait(WITNESS_S + GRACE_S)
-        own = Ending(failed(self.member, reason), self.member.rank, speaks=True)
+        own = Ending(failed(self.member, reason), self.member.rank)
         ending = self._ending or own
         self._close()
         return own if ending.rank == self.member.rank else ending
@@ -148,7 +149,8 @@ class Watch:
                 sentence = silent_for_long([self._rank_0])
         ending = Ending(sentence, 0, speaks=self.member.local_rank == int(self._rank_0.node == self.member.node))
         if message:
-            ending = Ending(message["sentence"], message["rank"], self.member.rank in message["speakers"])
+            speaks, beside = self.member.rank in message["speakers"], self.member.node == message["told_on"]
+            ending = Ending(message["sentence"], message["rank"], speaks, beside)
         with self._lock:
             if self._left:
                 return  # it was this process that ended the connection
@@ -211,10 +213,10 @@ def watching(topology: Topology) -> Iterator[None]:
 
 
 def _end_after_grace(watch: Watch, ending: Ending) -> None:
-    """Unless the ranks of the program all raise: then each can handle it."""
+    """Unless the ranks of the program all raise: then each can handle it, and nobody says a word."""
     time.sleep(GRACE_S)
     if not watch.is_over:
-        end_process(watch, ending)
+        end_process(watch, replace(ending, beside=False))
 
 
 _ending = threading.Lock()  # never released: a process ends once
@@ -224,7 +226,7 @@ def end_process(watch: Watch, ending: Ending) -> None:
     """End this process now, for a failure elsewhere. Not through exit handlers: some wait for the other ranks."""
     _ending.acquire()
     leave_reason(ending.sentence)
-    if ending.speaks:
+    if ending.speaks and not ending.beside:
         print(ending.sentence, file=sys.stderr, flush=True)
     else:
         time.sleep(_QUIET_S)

@@ -20,7 +20,7 @@ from zygote import Zygote
 
 from collie_core.errors import ModelError
 from collie_core.model import collectives
-from collie_core.model.blocks import block_of
+from collie_core.model.blocks import Positions, block_of, make_blocks
 from collie_core.model.collectives import Shares
 from collie_core.model.family import StockFamily
 from collie_core.model.partition import Partition, Placement, Rule, empty_model, plan
@@ -114,7 +114,7 @@ def glu(hidden: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def make_pair(kind: str) -> tuple[nn.Module, dict[str, Rule], dict[str, str]]:
+def make_pair(kind: str, size: int) -> tuple[nn.Module, dict[str, Rule], dict[str, str]]:
     """A module, its rules and its styles. 22 and 11 are uneven over 4 ranks, 11 over 2 too."""
     styles = {"column": "colwise", "row": "rowwise"}
     if kind in ("linear", "no bias", "uneven"):
@@ -132,6 +132,11 @@ def make_pair(kind: str) -> tuple[nn.Module, dict[str, Rule], dict[str, str]]:
         rules = {"column.weight": Rule(1, (11, 11)), "column.bias": Rule(0, (11, 11)), "row.weight": Rule(0, (11, 11))}
         both = {"column": "packed_colwise:2", "row": "packed_rowwise:2"}
         return Pair(Conv1D(22, 6), Conv1D(6, 22), torch.tanh), rules, both
+    if kind == "gathered copies":
+        half = Rule(0, (22,), unit=11, copies=size // 2)
+        rules = {"column.weight": half, "column.bias": half, "row.weight": Rule(1, (22,))}
+        both = {"column": "colwise_rep", "row": "rowwise_rep"}
+        return Pair(nn.Linear(6, 22), nn.Linear(22, 6), torch.tanh), rules, both
     assert kind == "whole between"
     rules = {"column.weight": Rule(0, (11, 11)), "column.bias": Rule(0, (11, 11)), "row.weight": Rule(1, (22,))}
     both = {"column": "colwise_gather_output", "row": "rowwise_split_input"}
@@ -148,7 +153,7 @@ def partition_of(
     return Partition(size, (0, 0), placements, styles, (), "", "", head, "")
 
 
-PAIRS = ("linear", "no bias", "uneven", "conv1d", "packed", "packed row", "whole between")
+PAIRS = ("linear", "no bias", "uneven", "conv1d", "packed", "packed row", "gathered copies", "whole between")
 
 
 def pairs_of_rank() -> None:
@@ -159,7 +164,7 @@ def pairs_of_rank() -> None:
 
 def compare_pair(kind: str, topology: Topology) -> None:
     torch.manual_seed(0)
-    whole, rules, styles = make_pair(kind)
+    whole, rules, styles = make_pair(kind, topology.tp.size)
     whole = whole.double()
     for parameter in whole.parameters():
         nn.init.normal_(parameter)
@@ -481,11 +486,28 @@ def facts_of_rank() -> None:
         assert part(ids).logits.shape[-1] == (34, 33)[topology.tp.rank]
     assert part(ids).logits.shape[-1] == 67
 
+    sequence = sharded_model(whole, config, topology, sequence_parallel=True)[0]
+    for name in ("input_layernorm", "self_attn", "self_attn.v_proj", "mlp.down_proj", "post_attention_layernorm", ""):
+        wholes: list[Tensor] = []
+        for model in (whole, part, sequence):
+            module = model.model.layers[1].get_submodule(name)
+            hook = module.register_forward_hook(lambda *call, wholes=wholes: wholes.append(whole_of(call[0], call[2])))
+            model(ids, use_cache=False)
+            hook.remove()
+        for mine in wholes[1:]:
+            assert_same(mine, wholes[0], name)
+
     twin = copy.deepcopy(part)  # as adapters do with single modules
     assert twin.lm_head.shares.axis.group is topology.tp.group
     install_gradient_hooks(twin)
     assert twin.lm_head.weight.tensor_model_parallel
     assert_same(twin(ids).logits, part(ids).logits)
+
+
+def whole_of(module: nn.Module, output: Any) -> Tensor:
+    tensor = output[0] if isinstance(output, tuple) else output
+    whole = gathered_output(module, tensor)
+    return tensor if whole is None else whole
 
 
 def test_what_others_ask_of_a_sharded_model(zygote: Zygote) -> None:
@@ -506,6 +528,54 @@ class Scale(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         output: Tensor = self.factor * self.inner(hidden)
         return output
+
+
+class TwoInputs(nn.Module):
+    """Like cross-attention: its sharded modules use two tensors that have gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+        self.out = nn.Linear(6, 4, bias=False)
+
+    def forward(self, hidden_states: Tensor, other: Tensor) -> Tensor:
+        output: Tensor = self.out(self.first(hidden_states) * self.second(other))
+        return output
+
+
+def blocks_of_rank() -> None:
+    """One collective for the modules that share an input, and one for each where that would miss another input."""
+    topology, config = start(), config_of("llama")
+    part, _ = sharded_model(whole_model(config), config, topology)
+    calls: list[int] = []
+    original, collectives.total = collectives.total, lambda *call: calls.append(1) or original(*call)
+    part(batches()[0]["input_ids"], use_cache=False).logits.sum().backward()
+    # Forward: the embedding and two per layer. Backward: the head and two per layer.
+    assert len(calls) == 2 * (1 + 2 * 3)
+
+    torch.manual_seed(0)
+    whole = TwoInputs().double()
+    block = copy.deepcopy(whole)
+    rules = {"first.weight": Rule(0, (6,)), "second.weight": Rule(0, (6,)), "out.weight": Rule(1, (6,))}
+    styles = {"first": "colwise", "second": "colwise", "out": "rowwise"}
+    shard(block, partition_of(block, 2, rules, styles), StockFamily("none"), topology)
+    layer = nn.ModuleDict({"block": block})
+    for positions in (None, Positions(topology.tp)):
+        make_blocks(layer, topology.tp, positions)
+        inputs = [[torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]]
+        inputs.append([given.detach().requires_grad_() for given in inputs[0]])
+        if positions is not None:
+            with pytest.raises(ModelError, match="a TwoInputs takes several tensors with gradients"):
+                block(*inputs[1])
+            continue
+        for module, given in zip((whole, block), inputs, strict=True):
+            module(given[0], other=given[1]).square().sum().backward()
+        for mine, theirs in zip(inputs[1], inputs[0], strict=True):
+            assert_same(mine.grad, theirs.grad, within=1e-12)
+
+
+def test_blocks_sum_the_gradient_of_their_input_once(zygote: Zygote) -> None:
+    zygote.run(__file__, "blocks_of_rank", world_size=2)
 
 
 def sequence_of_rank() -> None:

@@ -1,4 +1,4 @@
-"""ZeRO-3 from the first byte: parameters are partitioned as they are loaded, and each rank reads its own share alone."""
+"""ZeRO-3 from the first byte: parameters are partitioned as they are loaded; each rank reads its own share alone."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ Shapes: B rows, L positions, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -44,6 +44,8 @@ def divide_positions(layers: Mapping[str, nn.Module], axis: Axis) -> None:
         _check_rest(layer, name)
         become(layer, SequenceParallel)
         layer.positions = positions  # type: ignore[assignment]
+        for module in layer.modules():
+            module.collie_positions = positions  # type: ignore[assignment]
         layer.register_forward_pre_hook(_tell_length(positions), with_kwargs=True)
     first, *_, last = [*layers.values(), *layers.values()]
     first.register_forward_pre_hook(_split_input(positions), with_kwargs=True, prepend=True)
@@ -53,6 +55,18 @@ def divide_positions(layers: Mapping[str, nn.Module], axis: Axis) -> None:
 def sequence_parallel_layers(model: nn.Module) -> list[SequenceParallel]:
     """The layers that hold shares of the positions."""
     return [module for module in model.modules() if isinstance(module, SequenceParallel)]
+
+
+def gathered_positions(module: nn.Module, output: Tensor) -> Tensor | None:
+    """[B, L, H] of an output [B, L / ranks, H] within a layer; None of one that is whole. Collective."""
+    positions = cast("Positions | None", vars(module).get("collie_positions"))
+    if positions is None:
+        return None
+    shares = positions.shares if positions.in_layer else Shares.even(positions.length, positions.axis)
+    # Too few positions for all ranks: a share could not be told from a whole everywhere.
+    if shares.whole < positions.axis.size or output.ndim != 3 or output.shape[1] != shares.size():
+        return None
+    return gather_from(output, shares, 1)
 
 
 def partial_parameters(layer: SequenceParallel) -> Iterator[nn.Parameter]:

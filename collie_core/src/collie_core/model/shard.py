@@ -29,7 +29,12 @@ from collie_core.model.layers import (
     shard_of,
 )
 from collie_core.model.partition import COLUMN, EMBEDDING, ROW, pattern
-from collie_core.model.sequence import divide_positions, partial_parameters, sequence_parallel_layers
+from collie_core.model.sequence import (
+    divide_positions,
+    gathered_positions,
+    partial_parameters,
+    sequence_parallel_layers,
+)
 from collie_core.model.stages import Stub
 from collie_core.model.vocabulary import Vocabulary, cross_entropy
 
@@ -140,9 +145,9 @@ def gathered_output(module: nn.Module, output: Tensor) -> Tensor | None:
 
     Collective over the tensor-parallel axis.
     """
-    if not isinstance(module, ColumnParallel) or module.gathers:
-        return None
-    return gather_from(output, module.shares, -1)
+    if isinstance(module, ColumnParallel) and not module.gathers:
+        return gather_from(output, module.shares, -1)
+    return gathered_positions(module, output)
 
 
 # -- parameters -----------------------------------------------------------------------------------------------------
