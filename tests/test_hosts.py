@@ -335,3 +335,18 @@ def test_a_killed_rank_under_srun_ends_both(hosts: Cable, run_file: Path, site: 
     )
     assert [job.tells(said) for job in jobs] == [1, 0, 1, 0]  # one on each host
     assert "Traceback" not in "".join(job.said for job in jobs)
+
+
+def test_hosts_that_do_not_agree_end_before_they_start(hosts: Cable, run_file: Path) -> None:
+    """Here they would make other groups, and wait for each other."""
+    sizes = (2, 1)
+    jobs = [
+        host.start(*torchrun(hosts, host, 2, str(run_file), f"parallel.tensor_parallel_size={size}"))
+        for host, size in zip(hosts.hosts, sizes, strict=True)
+    ]
+    for job in jobs:
+        job.wait_for("has the configuration", STARTED_WITHIN_S)
+    for job in jobs:
+        assert job.process.wait(timeout=ALL_END_WITHIN_S) != 0
+        said = r"^rank [23] of 4 on hostB has the configuration 'tensor_parallel_size: 1', and rank 0 has '.*: 2'$"
+        assert len(re.findall(said, job.said, re.M)) == 1, job.said

@@ -177,6 +177,28 @@ def test_the_end_of_the_work_is_no_failure(run: Callable[..., list[Rank]]) -> No
     assert not any(rank.told for rank in everyone)
 
 
+def test_ranks_that_do_not_agree_are_ended_with_what_differs(run: Callable[..., list[Rank]]) -> None:
+    everyone = run(4)
+    text = "model:\n  dtype: auto\noptimizer:\n  lr: {}\n"
+    for rank in (everyone[3], everyone[1], everyone[0]):  # in whatever order
+        assert not rank.told
+        lr = 0.01 if rank is everyone[3] else 0.001
+        rank.watch.agree({"torch": "2.13.0", "the configuration": text.format(lr)})
+    told = [rank.heard_within(AT_ONCE) for rank in everyone]
+    assert {ending.sentence for ending in told} == {
+        "rank 3 of 4 on host1 has the configuration 'lr: 0.01', and rank 0 has 'lr: 0.001'"
+    }
+    assert [ending.speaks for ending in told] == [True, False, True, False]
+
+
+def test_ranks_that_agree_go_on(run: Callable[..., list[Rank]]) -> None:
+    everyone = run(3)
+    for rank in everyone:
+        rank.watch.agree({"torch": "2.13.0"})
+    time.sleep(0.2)
+    assert not any(rank.told for rank in everyone)
+
+
 def test_one_that_comes_late_is_told(run: Callable[..., list[Rank]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "FAREWELL_S", 5.0)
     store = MemoryStore()

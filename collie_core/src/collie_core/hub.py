@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Any, Protocol
 
 from collie_core.errors import RunError
@@ -70,6 +70,7 @@ class Hub:
         self._selector = selectors.DefaultSelector()
         self._selector.register(server, selectors.EVENT_READ)
         self._guests: set[_Guest] = set()
+        self._facts: dict[Member, dict[str, str]] = {}  # that the ranks must agree on
         self._arrived: set[int] = set()
         self._finished: set[int] = set()
         self._rumour: tuple[float, Member, str] | None = None  # until when to wait for a better explanation
@@ -146,6 +147,9 @@ class Hub:
         if guest.member is None:
             if hmac.compare_digest(str(message.get("token")).encode(), self.token.encode()):
                 self._welcome(guest, Member(**message["member"]))
+        elif "facts" in message:
+            self._facts[guest.member] = message["facts"]
+            self._compare_facts()
         elif "failed" in message:
             guest.parted = True
             sentence = failed(guest.member, message["failed"])
@@ -177,6 +181,17 @@ class Hub:
             self._drop(other)
         self._decide(silent_for_long([member, *(other.member for other in beside if other.member)]), member.rank)
 
+    def _compare_facts(self) -> None:
+        """With those of rank 0, as soon as they are there."""
+        expected = next((facts for member, facts in self._facts.items() if member.rank == 0), None)
+        if expected is None:
+            return
+        for member, facts in self._facts.items():
+            for name, value in expected.items():
+                if facts.get(name) != value:
+                    self._decide(differing(member, name, facts.get(name, ""), value), member.rank)
+        self._facts = {member: facts for member, facts in self._facts.items() if member.rank == 0}
+
     def _check_time(self) -> None:
         now = time.monotonic()
         if self._rumour is not None and now > self._rumour[0]:
@@ -192,11 +207,11 @@ class Hub:
 
         Args:
             rank: whose failure it is.
-            told_by: that rank, where it still lives.
+            told_by: that rank, where it tells of it by itself.
         """
         if self._verdict is not None:
             return
-        here = [guest.member for guest in self._guests if guest.member is not None and guest.member.rank != rank]
+        here = [guest.member for guest in self._guests if guest.member is not None and guest.member != told_by]
         speakers: dict[str, int] = {}
         for member in sorted(here, key=lambda member: member.rank):
             speakers.setdefault(member.node, member.rank)
@@ -241,6 +256,18 @@ class _Guest:
 def failed(member: Member, reason: str) -> str:
     """What a rank that fails says. Reasons that all ranks agree on name the rank themselves."""
     return reason if re.match(r"rank \d+ ", reason) else f"{member} failed: {reason}"
+
+
+def differing(member: Member, name: str, value: str, expected: str) -> str:
+    """What is said when ranks do not agree."""
+    one, other = first_unlike_lines(value, expected)
+    return f"{member} has {name} {one!r}, and rank 0 has {other!r}"
+
+
+def first_unlike_lines(one: str, other: str) -> tuple[str, str]:
+    """Of two texts that differ, the first lines that do; a text that is shorter lacks its line."""
+    pairs = zip_longest(one.splitlines(), other.splitlines(), fillvalue="")
+    return next(((mine.strip(), theirs.strip()) for mine, theirs in pairs if mine != theirs), (one, other))
 
 
 def gone(member: Member) -> str:

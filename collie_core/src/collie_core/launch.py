@@ -8,7 +8,7 @@ import subprocess
 import sys
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -77,16 +77,24 @@ def start(processes: int, arguments: Sequence[str]) -> int:
     return 0
 
 
+Agree = Callable[[Mapping[str, str]], None]
+
+
+def _trust(_: Mapping[str, str]) -> None:
+    """Processes of one machine and one command agree."""
+
+
 @contextmanager
-def reported_to_launcher() -> Iterator[None]:
+def reported_to_launcher() -> Iterator[Agree]:
     """Inside a launched process: the failure of one rank ends them all and is told once. Else this does nothing.
 
     Processes that `start` started leave the reason where it looks. Under torchrun and srun the ranks watch over each
-    other, before there is a process group too, and one on each machine speaks; see `collie_core.watch`.
+    other, before there is a process group too, and one on each machine speaks; see `collie_core.watch`. What it gives
+    ends the run where a fact is not the same on all ranks.
     """
     _adopt_slurm()
     if "RANK" not in os.environ:
-        yield
+        yield _trust
         return
     from collie_core import watch as watching
 
@@ -95,7 +103,7 @@ def reported_to_launcher() -> Iterator[None]:
     try:
         if OURS not in os.environ and watching.is_launched():
             watch = watching.Watch.join(watching.end_process)
-        yield
+        yield _trust if watch is None else watch.agree
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (told, and the process ended)
         _fail(error, watch)
     if watch is not None:

@@ -30,6 +30,7 @@ from collie_core.report import (
     standard_observers,
 )
 from collie_core.report.meter import Meter
+from collie_core.watch import watching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ class Trainer:
         Raises:
             CollieError: a part of the run cannot be built, or the gradients are no longer numbers.
         """
-        with self._random_state(), self._recorded() as run:
+        with watching(self.topology), self._random_state(), self._recorded() as run:
             self.hooks.collie_run_start(run=run)
             if self.config.evaluation.on_start:
                 self.evaluate()

@@ -97,6 +97,11 @@ class Watch:
         _current = cls(member, _store(member), f"collie/watch/{_number}", on_end, master=os.environ["MASTER_ADDR"])
         return _current
 
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """What must be the same on all ranks. Where it is not, the run ends: this returns at once."""
+        with suppress(OSError):
+            send(self._connection, {"facts": dict(facts)})
+
     def fail(self, reason: str, *, witness: bool = False) -> Ending:
         """Tell all ranks that this one fails, and end the watch; returns what they are told.
 

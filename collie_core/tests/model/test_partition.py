@@ -10,8 +10,9 @@ import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, Olmo2Config, Phi3Config, Qwen3Config
 
 from collie_core.errors import ModelError
+from collie_core.model.build import empty_model
 from collie_core.model.family import StockFamily
-from collie_core.model.partition import Partition, Rule, _balanced, empty_model, pattern, plan
+from collie_core.model.partition import Partition, Rule, _balanced, pattern, plan
 
 SIZES: dict[str, Any] = {
     "vocab_size": 257,

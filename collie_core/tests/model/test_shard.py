@@ -21,9 +21,10 @@ from zygote import Zygote
 from collie_core.errors import ModelError
 from collie_core.model import collectives
 from collie_core.model.blocks import Positions, block_of, make_blocks
+from collie_core.model.build import empty_model
 from collie_core.model.collectives import Shares
 from collie_core.model.family import StockFamily
-from collie_core.model.partition import Partition, Placement, Rule, empty_model, plan
+from collie_core.model.partition import Partition, Placement, Rule, plan
 from collie_core.model.shard import (
     cross_entropy,
     gathered_output,
@@ -114,7 +115,7 @@ def glu(hidden: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def make_pair(kind: str, size: int) -> tuple[nn.Module, dict[str, Rule], dict[str, str]]:
+def make_pair(kind: str) -> tuple[nn.Module, dict[str, Rule], dict[str, str]]:
     """A module, its rules and its styles. 22 and 11 are uneven over 4 ranks, 11 over 2 too."""
     styles = {"column": "colwise", "row": "rowwise"}
     if kind in ("linear", "no bias", "uneven"):
@@ -132,11 +133,6 @@ def make_pair(kind: str, size: int) -> tuple[nn.Module, dict[str, Rule], dict[st
         rules = {"column.weight": Rule(1, (11, 11)), "column.bias": Rule(0, (11, 11)), "row.weight": Rule(0, (11, 11))}
         both = {"column": "packed_colwise:2", "row": "packed_rowwise:2"}
         return Pair(Conv1D(22, 6), Conv1D(6, 22), torch.tanh), rules, both
-    if kind == "gathered copies":
-        half = Rule(0, (22,), unit=11, copies=size // 2)
-        rules = {"column.weight": half, "column.bias": half, "row.weight": Rule(1, (22,))}
-        both = {"column": "colwise_rep", "row": "rowwise_rep"}
-        return Pair(nn.Linear(6, 22), nn.Linear(22, 6), torch.tanh), rules, both
     assert kind == "whole between"
     rules = {"column.weight": Rule(0, (11, 11)), "column.bias": Rule(0, (11, 11)), "row.weight": Rule(1, (22,))}
     both = {"column": "colwise_gather_output", "row": "rowwise_split_input"}
@@ -153,7 +149,7 @@ def partition_of(
     return Partition(size, (0, 0), placements, styles, (), "", "", head, "")
 
 
-PAIRS = ("linear", "no bias", "uneven", "conv1d", "packed", "packed row", "gathered copies", "whole between")
+PAIRS = ("linear", "no bias", "uneven", "conv1d", "packed", "packed row", "whole between")
 
 
 def pairs_of_rank() -> None:
@@ -164,7 +160,7 @@ def pairs_of_rank() -> None:
 
 def compare_pair(kind: str, topology: Topology) -> None:
     torch.manual_seed(0)
-    whole, rules, styles = make_pair(kind, topology.tp.size)
+    whole, rules, styles = make_pair(kind)
     whole = whole.double()
     for parameter in whole.parameters():
         nn.init.normal_(parameter)

@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 from collie_core.config.parallel import ParallelConfig
 from collie_core.errors import ModelError, RunError
 from collie_core.model import files
-from collie_core.model.build import build_model, parameter_counts
+from collie_core.model.build import build_model, empty_model, parameter_counts
 from collie_core.model.export import save_pretrained, write_folder
 from collie_core.model.family import StockFamily
 from collie_core.model.part import part_of
-from collie_core.model.partition import empty_model
 from collie_core.model.weights import Checkpoint, layout, save, whole_tensors
 from collie_core.topology import Topology
 

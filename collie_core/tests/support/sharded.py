@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from collie_core.config.parallel import ParallelConfig
+from collie_core.model.build import empty_model
 from collie_core.model.collectives import Shares
 from collie_core.model.family import StockFamily
-from collie_core.model.partition import Partition, Rule, empty_model, plan
+from collie_core.model.partition import Partition, Rule, plan
 from collie_core.model.shard import shard
 from collie_core.topology import Topology
 

@@ -22,14 +22,16 @@ def run(args: argparse.Namespace) -> int:
 
     if args.nproc is not None and args.nproc < 1:
         raise RunError(f"--nproc {args.nproc}: must be at least 1")
-    with launch.reported_to_launcher():
+    with launch.reported_to_launcher() as agree:
         config = load_config(args, complete=True)
         processes = launch.processes_to_start(args.nproc)
         if processes > 1:
             return launch.start(processes, ["train", args.config, *args.overrides])
         from collie_core.cli._quiet import quiet_libraries
         from collie_core.loop import Trainer
+        from collie_core.report import run_identity
 
+        agree(run_identity(config))
         quiet_libraries()
         Trainer(config).train()
     return 0

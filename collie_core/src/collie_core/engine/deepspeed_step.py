@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from collie_core.compat import deepspeed_start
-from collie_core.engine import pipeline
 from collie_core.engine.deepspeed_config import deepspeed_config as deepspeed_config
-from collie_core.engine.step import NOT_A_NUMBER, LossFn, TrainFn, loss_of_copy, stage_output, token_mean_loss
+from collie_core.engine.step import (
+    NOT_A_NUMBER,
+    Around,
+    LossFn,
+    TrainFn,
+    loss_of_copy,
+    run_micro_batches,
+    stage_output,
+    token_mean_loss,
+)
 from collie_core.engine.zero3 import gathered_on_first
 from collie_core.errors import RunError
 from collie_core.model.shard import install_gradient_hooks
@@ -42,7 +50,7 @@ class DeepSpeedStep:
         topology: Topology,
         loss_fn: LossFn = token_mean_loss,
         train_fn: TrainFn | None = None,
-        around: pipeline.Around = lambda batch: nullcontext(),
+        around: Around = lambda batch: nullcontext(),
     ) -> None:
         self.engine = _initialize(model, optimizer, config, topology)
         self.scheduler = scheduler
@@ -81,7 +89,7 @@ class DeepSpeedStep:
                 total.add_(output.detach())
             return output
 
-        pipeline.forward_backward(self.engine, batch.on(device), forward, self._backward, self.around)
+        run_micro_batches(self.engine, batch.on(device), forward, self._backward, self.around)
         return_head_gradient(self.engine.module)
         if self.topology.dp.size > 1:
             dist.all_reduce(total, group=self.topology.dp.group)

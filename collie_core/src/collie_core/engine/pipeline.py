@@ -1,4 +1,4 @@
-"""The schedule of micro-batches: forward and backward of each, over the stages of a pipeline when there are several.
+"""The schedule of micro-batches over the stages of a pipeline.
 
 Every rank of a copy reads the same micro-batches, so each stage knows their shapes, positions and labels, and only
 hidden states [B, L, H] and their gradients travel. One forward, one backward (1F1B; PipeDream-Flush,
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -28,21 +27,11 @@ Backward = Callable[["Batch", Tensor, Tensor | None, bool], None]
 """(micro-batch, what forward gave, its gradient or None for a loss, whether it is the last one of the step)."""
 
 
-Around = Callable[["Batch"], AbstractContextManager[Any]]
-"""(micro-batch) -> a context for its forward, and again for its backward."""
-
-
-def forward_backward(
-    model: nn.Module, batches: Sequence[Batch], forward: Forward, backward: Backward, around: Around
+def one_forward_one_backward(
+    stage: Stage, model: nn.Module, batches: Sequence[Batch], forward: Forward, backward: Backward
 ) -> None:
-    """Run every micro-batch forward and backward; gradients add up. Collective over the stages of a copy."""
-    forward, backward = _inside(forward, backward, around)
-    stage = stage_of(model)
-    if stage is None:
-        for number, batch in enumerate(batches):
-            backward(batch, forward(batch, None), None, number == len(batches) - 1)
-    else:
-        _Schedule(stage, model, batches, forward, backward).run()
+    """Run every micro-batch forward and backward over the stages of a copy; gradients add up. Collective over them."""
+    _Schedule(stage, model, batches, forward, backward).run()
 
 
 def forward_only(model: nn.Module, batches: Iterator[Batch], forward: Forward) -> Iterator[tuple[Batch, Tensor | None]]:
@@ -58,18 +47,6 @@ def forward_only(model: nn.Module, batches: Iterator[Batch], forward: Forward) -
         output = forward(batch, hidden)
         wire.exchange(send=wire.after(output))
         yield batch, output if stage.is_last else None
-
-
-def _inside(forward: Forward, backward: Backward, around: Around) -> tuple[Forward, Backward]:
-    def forward_inside(batch: Batch, hidden: Tensor | None) -> Tensor:
-        with around(batch):
-            return forward(batch, hidden)
-
-    def backward_inside(batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
-        with around(batch):
-            backward(batch, output, gradient, last)
-
-    return forward_inside, backward_inside
 
 
 class _Schedule:

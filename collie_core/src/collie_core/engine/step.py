@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from collie_core.engine import pipeline
+from collie_core.engine.pipeline import Backward, Forward, one_forward_one_backward
 from collie_core.errors import RunError
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
 from collie_core.model.stages import (
@@ -45,6 +45,10 @@ LossFn = Callable[[Any, Tensor, int], Tensor]
 
 TrainFn = Callable[[nn.Module, "Batch", int], Tensor]
 """(model, batch, target tokens of the global batch) -> this micro-batch's share of the loss, a scalar."""
+
+
+Around = Callable[["Batch"], AbstractContextManager[Any]]
+"""(micro-batch) -> a context for its forward, and again for its backward."""
 
 
 class Step(Protocol):
@@ -123,6 +127,27 @@ def stage_forward(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:
         return model(**inputs, use_cache=False)
 
 
+def run_micro_batches(
+    model: nn.Module, batches: Sequence[Batch], forward: Forward, backward: Backward, around: Around
+) -> None:
+    """Every micro-batch forward and backward; gradients add up. One after the other, or over the stages of a copy."""
+
+    def forward_around(batch: Batch, hidden: Tensor | None) -> Tensor:
+        with around(batch):
+            return forward(batch, hidden)
+
+    def backward_around(batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
+        with around(batch):
+            backward(batch, output, gradient, last)
+
+    stage = stage_of(model)
+    if stage is not None:
+        one_forward_one_backward(stage, model, batches, forward_around, backward_around)
+        return
+    for number, batch in enumerate(batches):
+        backward_around(batch, forward_around(batch, None), None, number == len(batches) - 1)
+
+
 def loss_of_copy(total: Tensor, topology: Topology) -> Tensor:
     """The loss, which the last stage of each copy has, on every stage."""
     if topology.pp.size > 1:
@@ -144,7 +169,7 @@ class TorchStep:
         max_grad_norm: float | None,
         loss_fn: LossFn = token_mean_loss,
         train_fn: TrainFn | None = None,
-        around: pipeline.Around = lambda batch: nullcontext(),
+        around: Around = lambda batch: nullcontext(),
     ) -> None:
         self._model = model
         self.optimizer = optimizer
@@ -188,7 +213,7 @@ class TorchStep:
                 total.add_(output.detach())
             return output
 
-        pipeline.forward_backward(self._model, batch.on(self.device), forward, self._backward, self.around)
+        run_micro_batches(self._model, batch.on(self.device), forward, self._backward, self.around)
         return_head_gradient(self._model)
         self._sum_over_data(total)
         return loss_of_copy(total, self.topology)

@@ -18,7 +18,7 @@ from collie_core.errors import ModelError
 from collie_core.model.family import StockFamily, unknown_keys
 from collie_core.model.initialize import initialize
 from collie_core.model.part import Part, part_of
-from collie_core.model.partition import empty_model, plan
+from collie_core.model.partition import plan
 from collie_core.model.weights import Checkpoint, Store, assign, canonical, layout, load
 from collie_core.topology import Topology
 
@@ -147,6 +147,17 @@ def build_model(
         seed = int(torch.randint(2**63 - 1, ()))
         initialize(model, empty_model(target, config), partition, topology, seed=seed, dtype=dtype, store=store)
     model.eval()
+    return model
+
+
+def empty_model(family: ModelFamily, config: PretrainedConfig) -> PreTrainedModel:
+    """The whole model of a family without memory: parameters on the meta device, buffers such as rope real."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    model.tie_weights()  # `init_empty_weights` makes each parameter anew and so loses the ties
     return model
 
 

@@ -114,17 +114,6 @@ def pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def empty_model(family: ModelFamily, config: PretrainedConfig) -> PreTrainedModel:
-    """The whole model of a family without memory: parameters on the meta device, buffers such as rope real."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    model.tie_weights()  # `init_empty_weights` makes each parameter anew and so loses the ties
-    return model
-
-
 def plan(
     model: PreTrainedModel,
     family: ModelFamily,

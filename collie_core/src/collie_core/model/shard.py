@@ -237,8 +237,9 @@ def _make_column(name: str, module: nn.Module, *, gathers: bool, role: type[Colu
         raise _refusal(name, module, "is split by its outputs")
     shares = Shares.by_rule(facts.rules["weight"], facts.axis)
     setattr(module, "out_features" if isinstance(module, nn.Linear) else "nf", shares.size())
-    if gathers:  # what follows computes with all outputs on every rank, so that each has the whole gradient of its own
-        module.collie_shard = Shard(facts.axis, facts.rules, {})  # type: ignore[assignment]
+    assert not (gathers and facts.partial), (
+        f"{name}: gathered outputs of copies would count twice in its input's gradient"
+    )
     become(module, role)
     module.shares, module.gathers, module.block = shares, gathers, None  # type: ignore[assignment]
 
