@@ -1,11 +1,14 @@
 """Tokens per second of every topology of four processes, and of the transformers Trainer with DeepSpeed ZeRO-3.
 
 The same llama of 5 million parameters, the same 8 x 256 tokens a step, the same fused AdamW and clipping, float32, one
-thread per process. Four processes on few cores show what a topology costs beside the arithmetic, not how it scales:
-the cores are busy either way. Each round runs every contender once, in processes forked from one that has imported
-everything; the tables give the median step of all rounds, the ratio to the Trainer the median over rounds.
+thread per process, in processes forked from one that has imported everything. Four processes on few cores show what a
+topology costs beside the arithmetic, not how it scales: the cores are busy either way.
 
-    python benchmarks/topologies.py [--rounds 4] [--steps 6] [--write benchmarks/results/topologies.md]
+CoLLiE with ZeRO-3 and the Trainer run side by side, of which one at a time may move, a step each in turn, so that a
+machine whose speed drifts slows both alike; the ratio is the median over pairs of steps. The other topologies run one
+after the other, in rounds.
+
+    python benchmarks/topologies.py [--rounds 2] [--steps 6] [--pairs 24] [--write benchmarks/results/topologies.md]
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}  # read by imports
 
 import argparse
-import itertools
 import logging
 import multiprocessing
 import re
@@ -26,6 +28,7 @@ import tempfile
 import time
 import warnings
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ from collie_core.api import RunConfig, Trainer
 from collie_core.compat import deepspeed_start
 
 PROCESSES, BATCH, LENGTH, WARM_UP = 4, 8, 256, 2
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 4000,
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -47,8 +50,8 @@ SHAPE = {
     "num_key_value_heads": 8,
     "max_position_embeddings": LENGTH,
 }
-TOPOLOGIES = ["tp4", "tp2dp2", "tp2pp2", "pp4", "pp2dp2", "dp4", "dp4zero1", "dp4zero2", "dp4zero3"]
-TRAINER, OURS = "transformers Trainer, ZeRO-3", "dp4zero3"
+TOPOLOGIES = ["dp4", "dp4zero1", "dp4zero2", "tp4", "tp2dp2", "pp4", "pp2dp2", "tp2pp2"]
+OURS, TRAINER = "dp4zero3", "transformers Trainer, ZeRO-3"
 MICRO_BATCHES = 4  # of a step, where there is a pipeline to fill
 
 
@@ -58,20 +61,37 @@ def samples(steps: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": row} for row in ids.tolist()]
 
 
-class StepEnds(TrainerCallback):
-    """Keeps when the steps of either trainer ended."""
+class Steps(TrainerCallback):
+    """Keeps how long the steps of either trainer took after the first ones; between two, it waits for its turn.
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    Args:
+        steps: that it will be told of.
+        turns: where the ranks of both contenders meet; None: there is no other.
+        begins: whether this contender has the first turn.
+    """
+
+    def __init__(self, steps: int, turns: Barrier | None, begins: bool) -> None:
+        self.seconds: list[float] = []
+        self.left = steps
+        self.turns = turns
+        self.begins = begins
+        self._began = 0.0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.times.append(time.perf_counter())
+        self.collie_after_step()
 
     def collie_after_step(self) -> None:
-        self.times.append(time.perf_counter())
+        self.seconds.append(time.perf_counter() - self._began)
+        self.left -= 1
+        is_first_call = len(self.seconds) == 1
+        if self.turns is not None:
+            # The first steps are done together. Then one hands over and gets it back, and the other the reverse.
+            for _ in range(1 if self.begins and (is_first_call or not self.left) else 2 if self.left else 0):
+                self.turns.wait()
+        self._began = time.perf_counter()
 
 
-def collie(topology: str, rows: list[dict[str, list[int]]], folder: str, ends: StepEnds) -> None:
+def collie(topology: str, rows: list[dict[str, list[int]]], folder: str, steps: Steps) -> None:
     """A CoLLiE run on a topology."""
     sizes = {"tp": 1, "pp": 1, "dp": 1, "zero": 0}
     sizes |= {axis: int(size) for axis, size in re.findall(r"([a-z]+)(\d+)", topology)}
@@ -92,10 +112,10 @@ def collie(topology: str, rows: list[dict[str, list[int]]], folder: str, ends: S
         },
         optimizer={"type": "adamw", "lr": 1e-4},
     )
-    Trainer(config, train_dataset=rows, callbacks=[ends], observers=()).train()
+    Trainer(config, train_dataset=rows, callbacks=[steps], observers=()).train()
 
 
-def transformers_trainer(rows: list[dict[str, list[int]]], folder: str, ends: StepEnds) -> None:
+def transformers_trainer(rows: list[dict[str, list[int]]], folder: str, steps: Steps) -> None:
     """The transformers Trainer over DeepSpeed."""
     torch.manual_seed(0)
     arguments = TrainingArguments(
@@ -119,32 +139,39 @@ def transformers_trainer(rows: list[dict[str, list[int]]], folder: str, ends: St
     )
     with deepspeed_start(int(os.environ["LOCAL_RANK"])):  # the same start: nothing is compiled
         model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-        trainer = TransformersTrainer(model, arguments, train_dataset=rows, callbacks=[ends])
+        trainer = TransformersTrainer(model, arguments, train_dataset=rows, callbacks=[steps])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 
-def step_seconds(name: str, steps: int) -> list[float]:
-    """How long the steps of a contender took on four forked processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def step_seconds(names: list[str], steps: int) -> list[list[float]]:
+    """How long the steps of contenders that take turns took, each on four forked processes."""
     fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (port, name, steps, folder, theirs)
-        ranks = [fork.Process(target=be_rank, args=(number, *arguments)) for number in range(PROCESSES)]
+    turns = fork.Barrier(len(names) * PROCESSES) if len(names) > 1 else None
+    with tempfile.TemporaryDirectory() as root:
+        ranks, results = [], []
+        for number, name in enumerate(names):
+            ours, theirs = fork.Pipe(duplex=False)
+            results.append(ours)
+            kept = Steps(steps + WARM_UP, turns, begins=number == 0)
+            arguments = (free_port(), name, f"{root}/{number}", kept, theirs)
+            ranks += [fork.Process(target=be_rank, args=(rank, *arguments)) for rank in range(PROCESSES)]
         for rank in ranks:
             rank.start()
         for rank in ranks:
             rank.join()
-    if any(rank.exitcode for rank in ranks):
-        sys.exit(f"{name} does not train")
-    seconds: list[float] = ours.recv()
-    return seconds
+    if any(rank.exitcode != 0 for rank in ranks):
+        sys.exit(f"{' or '.join(names)} does not train")
+    return [result.recv() for result in results]
 
 
-def be_rank(rank: int, port: int, name: str, steps: int, folder: str, result: Connection) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def be_rank(rank: int, port: int, name: str, folder: str, steps: Steps, result: Connection) -> None:
     """One of the four."""
     os.environ |= {
         "RANK": str(rank),
@@ -154,51 +181,52 @@ def be_rank(rank: int, port: int, name: str, steps: int, folder: str, result: Co
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    rows, ends = samples(steps + WARM_UP), StepEnds()
+    rows = samples(steps.left)
     if name == TRAINER:
-        transformers_trainer(rows, folder, ends)
+        transformers_trainer(rows, folder, steps)
     else:
-        collie(name, rows, folder, ends)
+        collie(name, rows, folder, steps)
     if rank == 0:
-        result.send([end - begin for begin, end in itertools.pairwise(ends.times[WARM_UP - 1 :])])
+        result.send(steps.seconds[WARM_UP:])
     sys.stdout.flush()
     os._exit(0)  # not through the exit handlers of libraries that were forked
 
 
-def table(seconds: dict[str, list[list[float]]]) -> str:
+def table(seconds: dict[str, list[float]]) -> str:
     """Markdown: the median step, tokens per second, and of ZeRO-3 the speed over the Trainer."""
     lines = ["| | ms per step | tokens/s |", "|---|--:|--:|"]
-    for name, rounds in seconds.items():
-        median = statistics.median(step for steps in rounds for step in steps)
+    for name, steps in seconds.items():
+        median = statistics.median(steps)
         lines.append(f"| {name} | {median * 1e3:.0f} | {BATCH * LENGTH / median:.0f} |")
-    pairs = zip(seconds[TRAINER], seconds[OURS], strict=True)
-    ratios = [statistics.median(theirs) / statistics.median(mine) for theirs, mine in pairs]
-    spread = f"{min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} rounds"
-    return "\n".join(
-        [*lines, "", f"CoLLiE's speed with ZeRO-3 over the Trainer's: {statistics.median(ratios):.3f} ({spread})"]
+    ratios = [theirs / ours for theirs, ours in zip(seconds[TRAINER], seconds[OURS], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    verdict = (
+        f"CoLLiE's speed with ZeRO-3 over the Trainer's: {middle:.3f} (half of the pairs: {low:.3f} to {high:.3f})"
     )
+    return "\n".join([*lines, "", verdict])
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6, help="of each topology in a round")
+    parser.add_argument("--pairs", type=int, default=24, help="of steps of CoLLiE and of the Trainer")
     parser.add_argument("--write", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    names = [*TOPOLOGIES, TRAINER]  # those of the ratio side by side
-    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
-    for number in range(args.rounds):
-        for name in names if number % 2 == 0 else reversed(names):  # a drift of the machine's speed evens out
-            seconds[name].append(step_seconds(name, args.steps))
+    seconds: dict[str, list[float]] = {name: [] for name in TOPOLOGIES}
+    for _ in range(args.rounds):
+        for name in TOPOLOGIES:
+            seconds[name] += step_seconds([name], args.steps)[0]
+    seconds[OURS], seconds[TRAINER] = step_seconds([OURS, TRAINER], args.pairs)
     parameters = sum(parameter.numel() for parameter in LlamaForCausalLM(LlamaConfig(**SHAPE)).parameters())
     text = (
         f"{parameters / 1e6:.1f} M parameters, {BATCH} x {LENGTH} tokens a step, float32, {PROCESSES} processes of one "
         f"thread on {os.cpu_count()} cores, torch {torch.__version__}, DeepSpeed {deepspeed.__version__}, "
-        f"{args.rounds} rounds of {args.steps} steps\n\n{table(seconds)}\n"
+        f"{args.rounds} rounds of {args.steps} steps, {args.pairs} pairs\n\n{table(seconds)}\n"
     )
     print(text)
     if args.write:

@@ -303,13 +303,14 @@ def check_packing(model: nn.Module, *, rows: int = 2) -> None:
     """Prove by a tiny forward that packed samples do not see each other and give what they give alone.
 
     Args:
-        model: a causal language model with `config.vocab_size`.
+        model: a causal language model with `config.vocab_size`, or an engine around it.
         rows: the rows of a micro-batch; some attention kernels keep samples apart in one row only.
 
     Raises:
         ModelError: packing would change the results of this model.
     """
-    vocab_size = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    inner = getattr(model, "module", model)
+    vocab_size = int(inner.config.vocab_size)
     samples = [_probe(length, step, vocab_size) for length, step in ((7, 3), (5, 7), (6, 11))]
     # The second row holds one sample and then padding, the other kind of row that packing makes.
     packed = collate([samples[:2], samples[2:]][:rows], pad_token_id=0, packing=True)
@@ -321,13 +322,13 @@ def check_packing(model: nn.Module, *, rows: int = 2) -> None:
         rows_alone = [torch.from_numpy(sample["input_ids"])[None].to(device) for sample in samples]
         alone = [model(input_ids=row, use_cache=False).logits[0].float() for row in rows_alone]
     except TypeError as error:  # a forward without position_ids
-        raise _cannot_pack(model, str(error)) from error
+        raise _cannot_pack(inner, str(error)) from error
     finally:
         model.train(was_training)
     places = [(0, 0), (0, 7), (1, 0)]  # row and column where each sample begins
     for expected, (row, begin) in zip(alone, places, strict=True):
         if row < rows:
-            _compare(model, together[row, begin : begin + len(expected)], expected)
+            _compare(inner, together[row, begin : begin + len(expected)], expected)
 
 
 def _probe(length: int, step: int, vocab_size: int) -> dict[str, NDArray[np.int64]]:
