@@ -217,3 +217,26 @@ def watched_twice() -> None:
     for _ in range(2):
         with watching(topology), watching(topology):
             topology.barrier()
+
+
+def test_sizes_alone_start_their_processes_and_evaluation_takes_the_same_run_file(
+    run_file: Path, instructions: Path
+) -> None:
+    def evaluated(*more: str) -> dict[str, float]:
+        arguments = ["eval", str(run_file), f"data.eval={instructions}", "--json", *more]
+        done = subprocess.run(
+            [sys.executable, "-m", "collie_core.cli", *arguments],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()  # one process talks
+        results: dict[str, float] = json.loads(line)
+        return results
+
+    whole = evaluated()
+    assert evaluated("parallel.tensor_parallel_size=2") == pytest.approx(whole, rel=1e-5)
+    assert evaluated("parallel.pipeline_parallel_size=2", "--nproc", "2") == pytest.approx(whole, rel=1e-5)

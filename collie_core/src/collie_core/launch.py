@@ -17,15 +17,17 @@ from collie_core.errors import CollieError, ConfigError, RunError
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+    from collie_core.config.parallel import ParallelConfig
     from collie_core.watch import Watch
 
 OURS = "COLLIE_LAUNCHED"  # set for the processes that `start` starts
 
 
-def processes_to_start(asked: int | None) -> int:
+def processes_to_start(asked: int | None, parallel: ParallelConfig | None = None) -> int:
     """How many processes this one should start: 1 means none, go on as you are.
 
-    Under torchrun and srun the processes are there already. Otherwise as many as `asked`, by default one per GPU.
+    Under torchrun and srun the processes are there already. Otherwise as many as `asked`, by default one per GPU, and
+    without GPUs as few as `parallel` needs.
 
     Raises:
         RunError: `asked` for processes where a launcher has started them.
@@ -36,10 +38,12 @@ def processes_to_start(asked: int | None) -> int:
             raise RunError(f"--nproc {asked}: a launcher has started the processes already; leave --nproc out")
         return 1
     if asked is not None:
+        if asked < 1:
+            raise RunError(f"--nproc {asked}: must be at least 1")
         return asked
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count() or (1 if parallel is None else parallel.fewest_processes)
 
 
 def start(processes: int, arguments: Sequence[str]) -> int:
@@ -98,7 +102,8 @@ def reported_to_launcher() -> Iterator[Agree]:
         return
     from collie_core import watch as watching
 
-    _die_with_parent()
+    if OURS in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is a launcher that stays
+        _die_with_parent()
     watch = None
     try:
         if OURS not in os.environ and watching.is_launched():

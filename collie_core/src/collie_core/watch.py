@@ -93,8 +93,9 @@ class Watch:
         if _number == 0:
             os.register_at_fork(after_in_child=_forget)
         _number += 1
-        member = _this_process()
-        _current = cls(member, _store(member), f"collie/watch/{_number}", on_end, master=os.environ["MASTER_ADDR"])
+        member, attempt = _this_process(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        key = f"collie/watch/{attempt}/{_number}"
+        _current = cls(member, _store(member), key, on_end, master=os.environ["MASTER_ADDR"])
         return _current
 
     def agree(self, facts: Mapping[str, str]) -> None:

@@ -33,6 +33,16 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.parse_known_args = parse_with_overrides  # type: ignore[method-assign, assignment]
 
 
+def add_nproc_argument(parser: argparse.ArgumentParser) -> None:
+    """The number of processes to start here; it arrives as `args.nproc`."""
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="processes to start on this machine (default: one per GPU; without GPUs as few as `parallel:` needs)",
+    )
+
+
 def _overrides(rest: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
     words = iter(rest)
     for word in words:

@@ -39,3 +39,8 @@ class ParallelConfig(ConfigModel):
     def copy_size(self) -> int:
         """The number of processes that together hold one copy of the model."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def fewest_processes(self) -> int:
+        """The number of processes that these sizes need at least."""
+        return self.copy_size * (1 if self.data_parallel_size == "auto" else self.data_parallel_size)

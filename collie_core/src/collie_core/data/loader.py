@@ -309,7 +309,7 @@ def check_packing(model: nn.Module, *, rows: int = 2) -> None:
     Raises:
         ModelError: packing would change the results of this model.
     """
-    inner = getattr(model, "module", model)
+    inner: Any = getattr(model, "module", model)
     vocab_size = int(inner.config.vocab_size)
     samples = [_probe(length, step, vocab_size) for length, step in ((7, 3), (5, 7), (6, 11))]
     # The second row holds one sample and then padding, the other kind of row that packing makes.
