@@ -158,11 +158,11 @@ class Trainer:
             raise RunError("this Trainer has trained already; make a new one for another run")
         if self.topology.is_main:
             refuse_used_directory(self.config)
-        self.parts.build()  # first of all: what is wrong with a part leaves no directory behind
+        self.topology.require_same(run_identity(self.config))
+        self.parts.build()  # before anything is written: what is wrong with a part leaves no directory behind
         run, registry = self.run, self.config.registry
         run.max_steps = self.parts.max_steps
         run.facts.update(run_facts(self.parts))
-        self.topology.require_same(run_identity(self.config))
         check_agreement(registry.used(), self.topology)
         if self.topology.is_main:
             prepare_run_directory(self.config, registry.used())

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from collie_core.errors import RunError
+from collie_core.hub import first_unlike_lines
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,7 +115,8 @@ class Topology:
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
-                    raise RunError(f"rank {rank} has {name} {theirs.get(name)!r}, and rank 0 has {value!r}")
+                    other, own = first_unlike_lines(theirs.get(name, ""), value)
+                    raise RunError(f"rank {rank} has {name} {other!r}, and rank 0 has {own!r}")
 
     def barrier(self) -> None:
         """Wait for all ranks."""

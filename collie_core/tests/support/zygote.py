@@ -79,6 +79,9 @@ def _serve() -> None:
     import torch
     import transformers  # noqa: F401
 
+    if importlib.util.find_spec("deepspeed") is not None:
+        import deepspeed  # noqa: F401
+
     torch.set_num_threads(1)
     while True:
         try:

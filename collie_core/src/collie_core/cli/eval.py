@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         # Sections are replaced whole: tokenizer, architecture and adapter are those of the folder.
         model = f"model={{model_name_or_path: {json.dumps(args.model)}}}"
         args.overrides += [model, "tokenizer={type: pretrained}", "adapter=null"]
-    with launch.reported_to_launcher():
+    with launch.reported_to_launcher() as agree:
         config = load_config(args)
         if not config.data.eval:
             raise RunError("data.eval is empty: nothing to evaluate; set data.eval to a file or a split")
@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
             return launch.start(processes, ["eval", args.config, *["--json"] * args.json, *args.overrides])
         from collie_core.cli._quiet import quiet_libraries
         from collie_core.loop import Trainer
+        from collie_core.report import run_identity
 
+        agree(run_identity(config))
         quiet_libraries()
         trainer = Trainer(config, observers=())
         results = trainer.evaluate()
