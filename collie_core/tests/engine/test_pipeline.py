@@ -67,29 +67,33 @@ def make_steps(topology: Topology, micro_batches: int) -> list[StepBatch]:
     return steps
 
 
-def make_step(model: LlamaForCausalLM, topology: Topology, parallel: ParallelConfig) -> Step:
+def make_step(
+    model: LlamaForCausalLM, topology: Topology, parallel: ParallelConfig, dtype: torch.dtype = torch.float32
+) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-5)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     if parallel.zero_stage == 0:
-        return TorchStep(model, optimizer, scheduler, topology=topology, dtype=torch.float32, max_grad_norm=0.5)
+        return TorchStep(model, optimizer, scheduler, topology=topology, dtype=dtype, max_grad_norm=0.5)
     from collie_core.engine.deepspeed_step import DeepSpeedStep
 
     config = deepspeed_config(
         parallel=parallel,
-        dtype=torch.float32,
+        dtype=dtype,
         micro_batch_size=2,
         data_parallel_size=topology.dp.size,
         max_grad_norm=0.5,
-        overrides={},
+        overrides={"fp16": {"initial_scale_power": 8}} if dtype == torch.float16 else {},
     )
     return DeepSpeedStep(model, optimizer, scheduler, config=config, topology=topology)
 
 
-def train(stages: int, zero_stage: int, micro_batches: int, tied: bool) -> list[tuple[float, float]]:
+def train(
+    stages: int, zero_stage: int, micro_batches: int, tied: bool, dtype: str = "float32"
+) -> list[tuple[float, float]]:
     """Loss and norm of each step on this rank."""
     parallel = ParallelConfig.model_validate({"pipeline_parallel_size": stages, "zero_stage": zero_stage})
     model, topology = make_stage(parallel, tied)
-    step = make_step(model, topology, parallel)
+    step = make_step(model, topology, parallel, getattr(torch, dtype))
     step.model.train()
     numbers = []
     for batch in make_steps(topology, micro_batches):
@@ -121,6 +125,15 @@ def test_stages_train_as_the_whole_model_does(
     )
     assert all(rank == ranks[0] for rank in ranks)
     assert torch.tensor(ranks[0]).sub(torch.tensor(expected)).abs().max() <= 2e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_float16_gradients_are_scaled_once_over_all_stages(zero_stage: int, zygote: Any) -> None:
+    (expected,) = zygote.run(__file__, "train", world_size=1, args=(1, 0, 3, True))
+    ranks = zygote.run(__file__, "train", world_size=2, args=(2, zero_stage, 3, True, "float16"))
+    assert all(rank == ranks[0] for rank in ranks)
+    assert torch.tensor(ranks[0]).sub(torch.tensor(expected)).abs().max() <= 2e-2
 
 
 def use(stages: int) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class DeepSpeedStep:
             return
         lent = receive_head_gradient(self.engine.module) if last else None
         # DeepSpeed starts from a scalar; the gradient of this one by the output is the gradient that came.
-        scale = self.engine.loss_scale() if self.engine.fp16_enabled() else 1.0  # which it multiplies in again
+        scale = self.engine.optimizer.loss_scale if self.engine.fp16_enabled() else 1.0  # which it multiplies in again
         scalar = (output.float() * (gradient.float() / scale)).sum()
         if lent is not None:
             scalar = scalar + (embedding_weight(self.engine.module).float() * (lent.float() / scale)).sum()

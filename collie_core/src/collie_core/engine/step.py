@@ -184,6 +184,7 @@ class TorchStep:
         self.device = self.parameters[0].device
         # float16 has too small a range for gradients; the scaler keeps them in it, and grows back after an overflow.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.scaler.scale(torch.zeros((), device=self.device))  # it starts with its first loss, which one stage has
         install_gradient_hooks(model)
 
     @property
