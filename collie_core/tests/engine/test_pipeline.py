@@ -102,6 +102,7 @@ def train(
     return numbers
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("stages", "data_parallel", "zero_stage", "micro_batches", "tied"),
@@ -127,6 +128,7 @@ def test_stages_train_as_the_whole_model_does(
     assert torch.tensor(ranks[0]).sub(torch.tensor(expected)).abs().max() <= 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_float16_gradients_are_scaled_once_over_all_stages(zero_stage: int, zygote: Any) -> None:

@@ -264,6 +264,7 @@ def models_of_rank() -> None:
         assert modules == {"gpt2": 10, "phi3": 6}.get(name, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_tensor_and_sequence_parallel_ranks_drop_what_one_process_does(zygote: Zygote, ranks: int) -> None:
     zygote.run(__file__, "models_of_rank", world_size=ranks)

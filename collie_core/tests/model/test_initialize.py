@@ -108,6 +108,7 @@ def write_random(tp: int, pp: int, folder: str) -> None:
         save(target, model, part, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_every_topology_has_the_same_weights(zygote: Any, tmp_path: Path) -> None:
     write_random(1, 1, str(tmp_path))
     for tp, pp in ((2, 1), (1, 2), (2, 2)):

@@ -381,6 +381,7 @@ def head_of(vocabulary: int, topology: Topology) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "vocabulary"), [(2, 64), (2, 67), (4, 67)])
 def test_cross_entropy_is_exact(zygote: Zygote, ranks: int, vocabulary: int) -> None:
     zygote.run(__file__, "cross_entropy_of_rank", world_size=ranks, args=(vocabulary,))
@@ -450,6 +451,7 @@ ON_TWO = ["llama", "llama tied", "llama biases", "llama one kv", "qwen3", "mixtr
 ON_FOUR = ["llama", "llama biases", "llama one kv", "qwen3 one kv", "olmo2", "gemma2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize(("ranks", "names"), [(2, ON_TWO), (4, ON_FOUR)])

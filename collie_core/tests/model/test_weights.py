@@ -297,6 +297,7 @@ def round_trips(tp: int, pp: int, folder: str, names: list[str]) -> None:
         write_folder(target, functools.partial(save_pretrained, model=model, tokenizer=None, dtype=FLOAT), topology)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
 def test_ranks_read_their_own_and_write_the_whole(zygote: Any, tmp_path: Path, tp: int, pp: int) -> None:
     names = [name for name in CONFIGS if name not in ("gpt2", "phi3")]  # they say little of a partition by themselves
