@@ -195,10 +195,13 @@ def start_deepspeed(topology: Topology) -> None:
 
 def _initialize(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], topology: Topology) -> Any:
     import deepspeed
+    from deepspeed.utils import groups
 
     start_deepspeed(topology)
+    # Without one, norms take no exchange over the parts of a copy. DeepSpeed remembers the last it was given.
+    groups.mpu = Ranks(topology) if topology.model.size > 1 else None
     with deepspeed_start(topology.local_rank), _buffers_kept(model):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Ranks(topology))
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=groups.mpu)
     return engine
 
 
