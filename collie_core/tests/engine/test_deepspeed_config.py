@@ -65,7 +65,7 @@ def test_golden_zero_3_with_offload() -> None:
     where = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     assert made["zero_optimization"] == {
         "stage": 3,
-        "overlap_comm": False,
+        "overlap_comm": True,
         "offload_optimizer": where,
         "offload_param": where,
     }

@@ -27,7 +27,7 @@ def deepspeed_config(
     """
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
-        "overlap_comm": False,  # DeepSpeed has it for unmanaged accumulation at stage 2 alone
+        "overlap_comm": parallel.zero_stage == 3,  # unmanaged accumulation goes without
     }
     host_memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if parallel.offload_optimizer:
@@ -38,7 +38,8 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "train_batch_size": micro_batch_size * data_parallel_size,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
+        # At stage 3 the boundary is set by hand before the last backward, which leaves DeepSpeed its overlap.
+        "managed_gradient_accumulation": parallel.zero_stage == 3,
         "gradient_clipping": max_grad_norm or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

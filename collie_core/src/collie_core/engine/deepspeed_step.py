@@ -96,6 +96,8 @@ class DeepSpeedStep:
         return loss_of_copy(total, self.topology)
 
     def _backward(self, batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
+        if self.engine.managed_gradient_accumulation():
+            self.engine.set_gradient_accumulation_boundary(last)
         if gradient is None:
             self.engine.backward(output * self.topology.dp.size)
             return
