@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from fake_dists import write_distribution
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -193,11 +194,8 @@ def hosts() -> Iterator[Cable]:
 def site(tmp_path: Path) -> Path:
     """A plugin that slows training down or fails, as the environment says."""
     folder = tmp_path / "site"
-    info = folder / "collie_hosts-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: collie-hosts\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[collie.hooks]\nhosts = collie_hosts\n")
-    (folder / "collie_hosts.py").write_text(PLUGIN)
+    hooks = {"collie.hooks": {"hosts": "collie_hosts"}}
+    write_distribution(folder, "collie-hosts", groups=hooks, files={"collie_hosts.py": PLUGIN})
     return folder
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from fake_dists import write_distribution
 from zygote import RanksFailed
 
 from collie_core.api import RunError, Topology
@@ -57,11 +58,8 @@ def run_file(tiny_llama: Path, instructions: Path, tmp_path: Path) -> Path:
 def faults(tmp_path: Path) -> Path:
     """A hooks plugin on the path that fails on rank 1 as the variable FAULT says."""
     site = tmp_path / "site"
-    info = site / "collie_faults-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: collie-faults\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[collie.hooks]\nfaults = collie_faults\n")
-    (site / "collie_faults.py").write_text(FAULTS)
+    hooks = {"collie.hooks": {"faults": "collie_faults"}}
+    write_distribution(site, "collie-faults", groups=hooks, files={"collie_faults.py": FAULTS})
     return site
 
 

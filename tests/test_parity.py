@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plain import PlainRun
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from collie_core.api import RunConfig, Trainer
-from collie_core.data.loader import sample_order
 
 STEPS, BATCH, LR, CLIP, SEED, MAX_LENGTH = 20, 8, 1e-3, 1.0, 7, 256
 
@@ -54,45 +53,6 @@ def our_losses(model: Path, data: Path, output: Path, **changes: Any) -> list[fl
     return record.losses
 
 
-def plain_losses(model_path: Path, data: Path) -> list[float]:
-    """torch and transformers only; of CoLLiE just the order in which the samples come."""
-    torch.manual_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).train()
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    encoded = [_plain_sample(tokenizer, row) for row in rows]
-    samples = [(ids, labels) for ids, labels in encoded if any(label != -100 for label in labels)]
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    scheduler = get_scheduler("cosine", optimizer, round(0.1 * STEPS), STEPS)
-    order = [int(index) for epoch in range(4) for index in sample_order(len(samples), SEED, epoch)]
-    losses = []
-    for step in range(STEPS):
-        chosen = [samples[index] for index in order[step * BATCH : (step + 1) * BATCH]]
-        longest = max(len(ids) for ids, _ in chosen)
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in chosen])
-        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in chosen])
-        loss = model(input_ids=ids, labels=labels).loss  # transformers' own mean over the target tokens
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def _plain_sample(tokenizer: Any, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    """Prompt, answer and end of text; the tokens that reach beyond the prompt are the targets."""
-    encoded = tokenizer(row["input"] + row["output"], return_offsets_mapping=True)
-    ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-    ends = [end for _, end in encoded["offset_mapping"]]
-    labels = [token if end > len(row["input"]) else -100 for token, end in zip(ids, ends, strict=False)]
-    return ids[:MAX_LENGTH], [*labels, tokenizer.eos_token_id][:MAX_LENGTH]
-
-
 def largest_difference(first: list[float], second: list[float]) -> float:
     assert len(first) == len(second) == STEPS
     return max(abs(one - other) for one, other in zip(first, second, strict=True))
@@ -102,7 +62,9 @@ CUTS = [(8, 1, False), (4, 2, False), (2, 4, False), (1, 8, False), (8, 1, True)
 
 
 def assert_parity(model: Path, data: Path, output: Path) -> None:
-    plain = plain_losses(model, data)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    run = PlainRun(steps=STEPS, batch=BATCH, lr=LR, clip=CLIP, seed=SEED, max_length=MAX_LENGTH)
+    plain = run.train(reference, model, data).losses
     ours = our_losses(model, data, output)
     assert ours[-1] < ours[0]
     assert largest_difference(plain, ours) <= 1e-6

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from collie_core.config.parallel import ParallelConfig
 from collie_core.data.loader import Batch, StepBatch
+from collie_core.engine import ranks
 from collie_core.engine.deepspeed_config import deepspeed_config
 from collie_core.engine.step import Step, TorchStep, token_mean_loss
 from collie_core.errors import RunError
@@ -222,3 +223,9 @@ def test_handed_in_functions_replace_loss_and_forward() -> None:
     expected, _ = reference(make_batches())
     assert tripled.forward_backward(batch, batch.target_tokens).item() == pytest.approx(3 * expected[0][0], rel=1e-6)
     assert tripled.update() == pytest.approx(3 * expected[0][1], rel=1e-5)
+
+
+def test_missing_deepspeed_is_one_sentence_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"needs DeepSpeed: pip install 'collie-core\[deepspeed\]'"):
+        ranks.start_deepspeed(Topology())

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 
 from collie_core.compat import deepspeed_start
-from collie_core.engine.deepspeed_config import deepspeed_config as deepspeed_config
+from collie_core.engine.ranks import Ranks, start_deepspeed
 from collie_core.engine.step import (
     NOT_A_NUMBER,
     Around,
@@ -21,7 +20,6 @@ from collie_core.engine.step import (
     TrainFn,
     loss_of_copy,
     run_micro_batches,
-    stage_output,
     token_mean_loss,
 )
 from collie_core.engine.zero3 import gathered_on_first
@@ -78,18 +76,7 @@ class DeepSpeedStep:
 
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """See `Step`."""
-        device = self.engine.device
-        total = torch.zeros((), device=device)
-
-        def forward(micro_batch: Batch, hidden: Tensor | None) -> Tensor:
-            output = stage_output(
-                self.engine, micro_batch, hidden, target_tokens, loss_fn=self.loss_fn, train_fn=self.train_fn
-            )
-            if output.ndim == 0:
-                total.add_(output.detach())
-            return output
-
-        run_micro_batches(self.engine, batch.on(device), forward, self._backward, self.around)
+        total = run_micro_batches(self, batch.on(self.engine.device), target_tokens, self._backward)
         return_head_gradient(self.engine.module)
         if self.topology.dp.size > 1:
             dist.all_reduce(total, group=self.topology.dp.group)
@@ -132,74 +119,11 @@ class DeepSpeedStep:
         return gathered_on_first(parameters, self.topology.dp, self.engine.device)
 
 
-class Ranks:
-    """The topology in the words of Megatron, which DeepSpeed asks for them."""
-
-    def __init__(self, topology: Topology) -> None:
-        # DeepSpeed takes None for the group of all ranks, so an axis of one rank needs a group of its own.
-        alone = dist.new_group([topology.rank], use_local_synchronization=True)
-        self._axes = {
-            name: (axis.size, axis.rank, axis.group or alone, list(axis.ranks))
-            for name, axis in {
-                "data_parallel": topology.dp,
-                "tensor_model_parallel": topology.tp,
-                "pipeline_model_parallel": topology.pp,
-                "model_parallel": topology.model,
-            }.items()
-        }
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._axes["data_parallel"][0]
-
-    def get_data_parallel_rank(self) -> int:
-        return self._axes["data_parallel"][1]
-
-    def get_data_parallel_group(self) -> Any:
-        return self._axes["data_parallel"][2]
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return self._axes["data_parallel"][3]
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._axes["tensor_model_parallel"][0]
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self._axes["tensor_model_parallel"][1]
-
-    def get_tensor_model_parallel_group(self) -> Any:
-        return self._axes["tensor_model_parallel"][2]
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return self._axes["pipeline_model_parallel"][0]
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._axes["model_parallel"][0]
-
-    def get_model_parallel_rank(self) -> int:
-        """Of the tensor-parallel axis: ZeRO-3 counts replicated gradients where this is 0."""
-        return self._axes["tensor_model_parallel"][1]
-
-    def get_model_parallel_group(self) -> Any:
-        """Gradient norms and overflows are joined over all parts of a copy."""
-        return self._axes["model_parallel"][2]
-
-
-def start_deepspeed(topology: Topology) -> None:
-    """The process group that DeepSpeed wants even of one process: in memory, no open port."""
-    if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    with deepspeed_start(topology.local_rank):
-        import deepspeed
-
-        deepspeed.init_distributed(verbose=False)
-
-
 def _initialize(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], topology: Topology) -> Any:
+    start_deepspeed(topology)
     import deepspeed
     from deepspeed.utils import groups
 
-    start_deepspeed(topology)
     # Without one, norms take no exchange over the parts of a copy. DeepSpeed remembers the last it was given.
     groups.mpu = Ranks(topology) if topology.model.size > 1 else None
     with deepspeed_start(topology.local_rank), _buffers_kept(model):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from collie_core.engine.pipeline import Backward, Forward, one_forward_one_backward
+from collie_core.engine.pipeline import Backward, one_forward_one_backward
 from collie_core.errors import RunError
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
 from collie_core.model.stages import (
@@ -75,6 +75,14 @@ class Step(Protocol):
         """Inside, these parameters hold all that the first data-parallel rank has of them. Collective over those."""
 
 
+class Engine(Step, Protocol):
+    """What the steps of the core have beside: the functions that a program may replace."""
+
+    loss_fn: LossFn
+    train_fn: TrainFn | None
+    around: Around
+
+
 def token_mean_loss(outputs: Any, labels: Tensor, target_tokens: int, vocabulary: Vocabulary | None = None) -> Tensor:
     """Sum of the token losses of a micro-batch, divided by the targets of the whole global batch.
 
@@ -127,25 +135,33 @@ def stage_forward(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:
         return model(**inputs, use_cache=False)
 
 
-def run_micro_batches(
-    model: nn.Module, batches: Sequence[Batch], forward: Forward, backward: Backward, around: Around
-) -> None:
-    """Every micro-batch forward and backward; gradients add up. One after the other, or over the stages of a copy."""
+def run_micro_batches(step: Engine, batches: Sequence[Batch], target_tokens: int, backward: Backward) -> Tensor:
+    """Every micro-batch forward and backward; gradients add up. One after the other, or over the stages of a copy.
+
+    Returns this rank's share of the loss, a detached scalar; 0 before the last stage.
+    """
+    total = torch.zeros((), device=batches[0].input_ids.device)
 
     def forward_around(batch: Batch, hidden: Tensor | None) -> Tensor:
-        with around(batch):
-            return forward(batch, hidden)
+        with step.around(batch), step.precision():
+            output = stage_output(
+                step.model, batch, hidden, target_tokens, loss_fn=step.loss_fn, train_fn=step.train_fn
+            )
+        if output.ndim == 0:
+            total.add_(output.detach())
+        return output
 
     def backward_around(batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
-        with around(batch):
+        with step.around(batch):
             backward(batch, output, gradient, last)
 
-    stage = stage_of(model)
+    stage = stage_of(step.model)
     if stage is not None:
-        one_forward_one_backward(stage, model, batches, forward_around, backward_around)
-        return
+        one_forward_one_backward(stage, step.model, batches, forward_around, backward_around)
+        return total
     for number, batch in enumerate(batches):
         backward_around(batch, forward_around(batch, None), None, number == len(batches) - 1)
+    return total
 
 
 def loss_of_copy(total: Tensor, topology: Topology) -> Tensor:
@@ -203,18 +219,7 @@ class TorchStep:
 
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """See `Step`."""
-        total = torch.zeros((), device=self.device)
-
-        def forward(micro_batch: Batch, hidden: Tensor | None) -> Tensor:
-            with self.precision():
-                output = stage_output(
-                    self._model, micro_batch, hidden, target_tokens, loss_fn=self.loss_fn, train_fn=self.train_fn
-                )
-            if output.ndim == 0:
-                total.add_(output.detach())
-            return output
-
-        run_micro_batches(self._model, batch.on(self.device), forward, self._backward, self.around)
+        total = run_micro_batches(self, batch.on(self.device), target_tokens, self._backward)
         return_head_gradient(self._model)
         self._sum_over_data(total)
         return loss_of_copy(total, self.topology)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from collie_core.compat import deepspeed_start
+from collie_core.engine.ranks import Ranks, start_deepspeed
 from collie_core.model.weights import Read
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ class Zero3Store:
     """
 
     def __init__(self, topology: Topology, config: dict[str, Any], dtype: torch.dtype) -> None:
-        from collie_core.engine.deepspeed_step import Ranks, start_deepspeed
-
         start_deepspeed(topology)
         self.topology = topology
         self.dtype = dtype

@@ -197,23 +197,14 @@ class _SplitTo(Function):
         return _gather(gradient, ctx.shares, ctx.dim), None, None
 
 
-class _GatherSummed(Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, shares: Shares, dim: int) -> Tensor:
-        ctx.shares, ctx.dim = shares, dim
-        return _gather(tensor, shares, dim)
-
+class _GatherSummed(_GatherFrom):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _scatter(gradient, ctx.shares, ctx.dim), None, None
 
 
-class _ScatterSummed(Function):
+class _ScatterSummed(_SplitTo):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, shares: Shares, dim: int) -> Tensor:
         ctx.shares, ctx.dim = shares, dim
         return _scatter(tensor, shares, dim)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _gather(gradient, ctx.shares, ctx.dim), None, None
