@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collie_core.config.base import ComponentConfig, ConfigModel, OptimizerConfig
+    from collie_core.config.base import ComponentConfig, ConfigModel, OptimizerConfig, ParamGroup
     from collie_core.config.run import RunConfig
     from collie_core.data.loader import Batch
     from collie_core.errors import CollieError, ConfigError, DataError, ModelError, PluginError, RunError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         Adapter,
         Can,
         Component,
+        CurvatureOptimizer,
+        FusedOptimizer,
         Metric,
         MetricCan,
         ModelFamily,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     )
     from collie_core.loop import Trainer
     from collie_core.model.family import Source, StockFamily
+    from collie_core.model.whole import Whole, whole_of
     from collie_core.plugins import hookimpl
     from collie_core.topology import Topology
 
@@ -38,13 +41,16 @@ _HOME = {
     "ComponentConfig": "config.base",
     "ConfigError": "errors",
     "ConfigModel": "config.base",
+    "CurvatureOptimizer": "hookspecs",
     "DataError": "errors",
+    "FusedOptimizer": "hookspecs",
     "Metric": "hookspecs",
     "MetricCan": "hookspecs",
     "ModelError": "errors",
     "ModelFamily": "hookspecs",
     "OptimizerCan": "hookspecs",
     "OptimizerConfig": "config.base",
+    "ParamGroup": "config.base",
     "PluginError": "errors",
     "Run": "hookspecs",
     "RunConfig": "config.run",
@@ -54,7 +60,9 @@ _HOME = {
     "StockFamily": "model.family",
     "Topology": "topology",
     "Trainer": "loop",
+    "Whole": "model.whole",
     "hookimpl": "plugins",
+    "whole_of": "model.whole",
 }
 
 __all__ = [
@@ -66,13 +74,16 @@ __all__ = [
     "ComponentConfig",
     "ConfigError",
     "ConfigModel",
+    "CurvatureOptimizer",
     "DataError",
+    "FusedOptimizer",
     "Metric",
     "MetricCan",
     "ModelError",
     "ModelFamily",
     "OptimizerCan",
     "OptimizerConfig",
+    "ParamGroup",
     "PluginError",
     "Run",
     "RunConfig",
@@ -82,7 +93,9 @@ __all__ = [
     "StockFamily",
     "Topology",
     "Trainer",
+    "Whole",
     "hookimpl",
+    "whole_of",
 ]
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -37,6 +38,10 @@ class Can:
 @dataclass(frozen=True)
 class OptimizerCan(Can):
     state_bytes_per_parameter: float = 8.0  # float32 training; shown in the summary before the run
+    fuses_backward: bool = False  # it is a `FusedOptimizer`
+    estimates_curvature: bool = False  # it is a `CurvatureOptimizer`
+    whole_tensors: bool = False  # it cannot work on the flat slices of parameters that ZeRO hands out
+    parameter_roles: bool = False  # its groups come divided by `role`: hidden matrices, and the others
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,33 @@ class OptimizerFactory(Protocol):
 
     def __call__(self, params: Iterable[dict[str, Any]], **options: Any) -> Optimizer:
         """`params` are torch parameter groups; `options` are the fields of the plugin's config, less `type`."""
+
+
+@runtime_checkable
+class FusedOptimizer(Protocol):
+    """A `torch.optim.Optimizer` that updates a parameter in the middle of backward, so that gradients never add up.
+
+    Its weights are those of the run's precision; there are no float32 copies of them.
+    """
+
+    def update(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Update one parameter in place by its gradient of the global batch, which is clipped already.
+
+        `grad` has the shape of `param`; in float16 runs it is float32. It may be overwritten.
+        """
+
+
+@runtime_checkable
+class CurvatureOptimizer(Protocol):
+    """A `torch.optim.Optimizer` that needs the gradient of another loss now and then: labels drawn from the model."""
+
+    def curvature_due(self) -> bool:
+        """Whether the coming step begins with an estimate; the same on every rank."""
+
+    def estimating(self, target_tokens: int) -> AbstractContextManager[None]:
+        """Inside, `step()` takes the gradients as those of the mean loss over `target_tokens` labels that were drawn
+        from the model's own distribution, and updates its estimate of the curvature alone.
+        """
 
 
 class Adapter(Protocol):

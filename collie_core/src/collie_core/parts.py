@@ -14,13 +14,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from collie_core.config.rules import require_parts
+from collie_core.config.rules import require_fusable, require_parts
 from collie_core.data.dataset import TokenizedDataset, prepare_dataset
 from collie_core.data.formats import chat_template
 from collie_core.data.loader import Batch, Loader, check_packing, eval_batches
 from collie_core.data.tokenizer import build_tokenizer, padding_id
-from collie_core.engine.step import LossFn, Step, TorchStep, TrainFn, autocast, token_mean_loss
-from collie_core.errors import MISSING, ConfigError, Problem
+from collie_core.engine.curvature import drawn_labels
+from collie_core.engine.step import Curvature, LossFn, Step, TorchStep, TrainFn, autocast, token_mean_loss
+from collie_core.errors import MISSING, ConfigError, PluginError, Problem
+from collie_core.hookspecs import CurvatureOptimizer, FusedOptimizer, OptimizerCan
 from collie_core.model.build import check_length, compute_dtype, load_pretrained, parameter_counts
 from collie_core.model.dropout import install as install_dropout
 from collie_core.model.stages import borrow_head, lend_head
@@ -95,7 +97,7 @@ class Parts:
             section,
             self.registry,
             self.tokenizer,
-            torch.float32,
+            self._weights_dtype(),
             topology=self.topology,
             parallel=self.config.parallel,
             store=self._store(),
@@ -107,6 +109,17 @@ class Parts:
         if adapter is not None:
             model = self.registry.build("adapter", adapter.type, model=model, config=adapter)
         return cast(nn.Module, model)
+
+    def _weights_dtype(self) -> torch.dtype:
+        """Float32, except for an optimizer that keeps no float32 weights beside those of the run's precision."""
+        return self.dtype if self.will_train and self.optimizer_can.fuses_backward else torch.float32
+
+    @property
+    def optimizer_can(self) -> OptimizerCan:
+        """What the optimizer of the config declares; nothing of one that is handed in."""
+        if self.given.optimizer is not None:
+            return OptimizerCan()
+        return cast(OptimizerCan, self.registry.component("optimizer", self.config.optimizer.type).can)
 
     def _store(self) -> Zero3Store | None:
         """What takes parameters apart while they are loaded; None: each rank holds its part whole."""
@@ -215,12 +228,26 @@ class Parts:
             "train_fn": self.given.train_fn,
             "around": lambda batch: dropout.samples(seed, batch.layout),
         }
+        if isinstance(optimizer, FusedOptimizer):
+            return self._fused_engine(optimizer, scheduler, shared)
+        if isinstance(optimizer, CurvatureOptimizer):
+            _require_own_forward(self.given)
+            shared["curvature"] = Curvature(optimizer, drawn_labels(seed))
         if self.config.parallel.zero_stage == 0:
             max_grad_norm = self.config.train.max_grad_norm
             return TorchStep(self.model, optimizer, scheduler, dtype=self.dtype, max_grad_norm=max_grad_norm, **shared)
         from collie_core.engine.deepspeed_step import DeepSpeedStep
 
         return DeepSpeedStep(self.model, optimizer, scheduler, config=self._deepspeed_config(), **shared)
+
+    def _fused_engine(self, optimizer: FusedOptimizer, scheduler: LRScheduler, shared: dict[str, Any]) -> Step:
+        from collie_core.engine.fused_step import FusedStep, Zero3FusedStep
+
+        require_fusable(self.config, self.topology.dp.size)
+        shared |= {"dtype": self.dtype, "max_grad_norm": self.config.train.max_grad_norm}
+        if self.config.parallel.zero_stage == 0:
+            return FusedStep(self.model, optimizer, scheduler, **shared)
+        return Zero3FusedStep(self.model, optimizer, scheduler, config=self._deepspeed_config(), **shared)
 
     def _deepspeed_config(self) -> dict[str, Any]:
         from collie_core.engine.deepspeed_config import deepspeed_config
@@ -231,6 +258,7 @@ class Parts:
             micro_batch_size=self.micro_batch_size,
             data_parallel_size=self.topology.dp.size,
             max_grad_norm=self.config.train.max_grad_norm,
+            keeps_small_parameters=not self.optimizer_can.fuses_backward,
             overrides=self.config.deepspeed,
         )
 
@@ -251,10 +279,13 @@ class Parts:
         given, section = self.given.optimizer, self.config.optimizer
         if isinstance(given, Optimizer):
             return given
-        groups = parameter_groups(self.model, section.weight_decay)
+        roles = self.optimizer_can.parameter_roles
+        groups = parameter_groups(self.model, section, self.topology, roles=roles)
         if given is not None:
             return given(groups)
-        return cast(Optimizer, self.registry.build("optimizer", section.type, params=groups, config=section))
+        optimizer = cast(Optimizer, self.registry.build("optimizer", section.type, params=groups, config=section))
+        _require_declared(optimizer, self.optimizer_can, section.type)
+        return optimizer
 
     def _scheduler(self, optimizer: Optimizer) -> LRScheduler:
         given = self.given.lr_scheduler
@@ -263,6 +294,37 @@ class Parts:
         if given is not None:
             return given(optimizer, self.max_steps)
         return schedule(self.config.lr_scheduler, optimizer, self.max_steps)
+
+
+def _require_declared(optimizer: Optimizer, can: OptimizerCan, name: str) -> None:
+    """The rules were asked about what the optimizer declares.
+
+    Raises:
+        PluginError: it has the methods of a contract that it does not declare, or lacks those of one that it does.
+    """
+    for declared, contract in ((can.fuses_backward, FusedOptimizer), (can.estimates_curvature, CurvatureOptimizer)):
+        if declared != isinstance(optimizer, contract):
+            verb = "declares to be" if declared else "has the methods of"
+            raise PluginError(f"optimizer {name} {verb} a {contract.__name__}, and its methods and its `can` disagree")
+
+
+def _require_own_forward(given: HandedIn) -> None:
+    """Refuse a train_fn where the loss of other labels is wanted.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if given.train_fn is not None:
+        raise ConfigError(
+            [
+                Problem(
+                    "optimizer",
+                    "estimates curvature from the loss of labels that it draws, which a train_fn cannot be given",
+                    MISSING,
+                    "Hand in a loss_fn, or use another optimizer.",
+                )
+            ]
+        )
 
 
 def _require_whole(config: RunConfig, given: HandedIn) -> None:

@@ -577,7 +577,7 @@ def _bare_config(entry: Entry) -> type[ComponentConfig]:
 
 
 def _options(model: type[ComponentConfig]) -> list[str]:
-    return [name for name in model.model_fields if name != "type"]
+    return [name for name in model.model_fields if name not in model.for_the_core]
 
 
 # -- hooks --------------------------------------------------------------------------------------------------

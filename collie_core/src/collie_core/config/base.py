@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -95,11 +95,35 @@ PlainMapping = Annotated[dict[str, Any], AfterValidator(_plain)]
 class ComponentConfig(ConfigModel):
     """The section of a plugin: `type`, and the plugin's own fields."""
 
+    for_the_core: ClassVar[frozenset[str]] = frozenset({"type"})  # fields that are not handed to the plugin
+
     type: str = Field(description="The name of the plugin.")
+
+
+class ParamGroup(ConfigModel):
+    """Parameters with options of their own. An optimizer that has more of them declares a subclass."""
+
+    match: str = Field(
+        min_length=1, description='Names of parameters, * for any text, as in "*.bias". The first match counts.'
+    )
+    lr: float | None = Field(None, ge=0, description="Instead of optimizer.lr.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Instead of optimizer.weight_decay, and for vectors too."
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was set, as a torch parameter group has it."""
+        return {name: value for name, value in self if name != "match" and value is not None}
 
 
 class OptimizerConfig(ComponentConfig):
     """The section of an optimizer."""
 
+    for_the_core: ClassVar[frozenset[str]] = frozenset({"type", "param_groups"})
+
     lr: float = Field(gt=0, description="Learning rate after warm-up: the peak of the schedule.")
-    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and embeddings; vectors never decay.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decay of matrices and embeddings. Vectors (norms, biases) have none."
+    )
+    param_groups: list[ParamGroup] = Field([], description="Parameters with options of their own.")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from collie_core.config.batch import batch_sizes, impossible_batch
 from collie_core.config.split import impossible_split
@@ -12,6 +12,7 @@ from collie_core.errors import MISSING, ConfigError, Problem
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
+    from collie_core.hookspecs import OptimizerCan
 
 
 Part = Literal["", "model", "tokenizer", "train_data", "eval_data"]
@@ -28,6 +29,55 @@ class Rule:
     fix: str
     broken: Callable[[RunConfig], bool]
     part: Part = ""  # what a program may hand in instead, which makes the rule void
+
+
+def _optimizer_can(config: RunConfig) -> OptimizerCan:
+    return cast("OptimizerCan", config.registry.component("optimizer", config.optimizer.type).can)
+
+
+_NOT_WHOLE = "it uses a gradient at once and drops it, and of several micro-batches none has the whole gradient"
+_ACCUMULATION = Rule(
+    "train.gradient_accumulation_steps",
+    "`train.gradient_accumulation_steps` above 1",
+    _NOT_WHOLE,
+    "Set it to 1 and train.per_device_train_batch_size higher (model.gradient_checkpointing: full makes room), "
+    "or use an optimizer that accumulates, as lion or adamw.",
+    lambda config: (config.train.gradient_accumulation_steps or 1) > 1,
+)
+FUSED = (
+    _ACCUMULATION,
+    Rule(
+        "parallel.pipeline_parallel_size",
+        "`parallel.pipeline_parallel_size` above 1",
+        _NOT_WHOLE,
+        "Set it to 1 and share the model by parallel.tensor_parallel_size or zero_stage 3, or use an optimizer that "
+        "accumulates, as lion or adamw.",
+        lambda config: config.parallel.pipeline_parallel_size > 1,
+    ),
+    Rule(
+        "parallel.zero_stage",
+        "`parallel.zero_stage` 1 or 2",
+        "those stages share optimizer states and gradients, of which there are none",
+        "Set it to 0, or to 3 to share the parameters.",
+        lambda config: config.parallel.zero_stage in (1, 2),
+    ),
+    Rule(
+        "parallel.offload_optimizer",
+        "`parallel.offload_optimizer` and `parallel.zero_stage: 3`",
+        "there are no optimizer states to move",
+        "Remove it; parallel.offload_param moves the parameters.",
+        lambda config: config.parallel.offload_optimizer and config.parallel.zero_stage == 3,
+    ),
+)
+"""What an optimizer that updates in backward does not go with."""
+
+
+def _with_fused(rule: Rule) -> Rule:
+    return replace(
+        rule,
+        what=f"an optimizer that updates in backward (lomo, adalomo) with {rule.what}",
+        broken=lambda config: _optimizer_can(config).fuses_backward and rule.broken(config),
+    )
 
 
 RULES = (
@@ -90,6 +140,14 @@ RULES = (
         "nothing reads it, since stage 0 is plain torch",
         "Set parallel.zero_stage to 1, 2 or 3, or remove the section.",
         lambda config: bool(config.deepspeed) and config.parallel.zero_stage == 0,
+    ),
+    *map(_with_fused, FUSED),
+    Rule(
+        "parallel.zero_stage",
+        "an optimizer that works on whole matrices (muon) with `parallel.zero_stage` above 0",
+        "DeepSpeed hands it flat slices of many parameters, which no longer say what matrix they were",
+        "Set it to 0; parallel.tensor_parallel_size and pipeline_parallel_size share the model.",
+        lambda config: _optimizer_can(config).whole_tensors and config.parallel.zero_stage > 0,
     ),
     Rule(
         "model.config",
@@ -193,6 +251,19 @@ def check(config: RunConfig, given: Collection[Part] = PARTS) -> list[Problem]:
     batch = impossible_batch(config.train) if size == "auto" else batch_sizes(config.train, size)
     sums = [batch] if isinstance(batch, Problem) else []
     return [*found, *sums, *impossible_split(config.model, config.parallel)]
+
+
+def require_fusable(config: RunConfig, data_parallel_size: int) -> None:
+    """Refuse what an optimizer that updates in backward cannot do, also one that a program hands in.
+
+    Raises:
+        ConfigError: it breaks a rule of `FUSED`, accumulation being known with the number of ranks.
+    """
+    found = [_problem(config, rule) for rule in FUSED if rule.broken(config)]
+    if not found and config.gradient_accumulation_steps(data_parallel_size) > 1:
+        found = [_problem(config, _ACCUMULATION)]
+    if found:
+        raise ConfigError(found)
 
 
 def require_parts(config: RunConfig, *, model: bool, train_data: bool) -> None:

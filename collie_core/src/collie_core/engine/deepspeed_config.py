@@ -19,8 +19,13 @@ def deepspeed_config(
     data_parallel_size: int,
     max_grad_norm: float | None,
     overrides: Mapping[str, Any],
+    keeps_small_parameters: bool = True,
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; `overrides` is the `deepspeed:` section, merged over it.
+
+    Args:
+        keeps_small_parameters: whether stage 3 may leave them whole between steps. It brings those up to date in its
+            own optimizer step, which an update in backward goes without.
 
     Accumulation is CoLLiE's: the number of micro-batches may differ from step to step, and each brings its exact
     share of the global token mean.
@@ -29,6 +34,8 @@ def deepspeed_config(
         "stage": parallel.zero_stage,
         "overlap_comm": parallel.zero_stage == 3,  # unmanaged accumulation goes without
     }
+    if not keeps_small_parameters:
+        zero["stage3_param_persistence_threshold"] = 0
     host_memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = host_memory

@@ -16,6 +16,7 @@ from collie_core.engine.ranks import Ranks, start_deepspeed
 from collie_core.engine.step import (
     NOT_A_NUMBER,
     Around,
+    Curvature,
     LossFn,
     TrainFn,
     loss_of_copy,
@@ -49,13 +50,15 @@ class DeepSpeedStep:
         loss_fn: LossFn = token_mean_loss,
         train_fn: TrainFn | None = None,
         around: Around = lambda batch: nullcontext(),
+        curvature: Curvature | None = None,
     ) -> None:
-        self.engine = _initialize(model, optimizer, config, topology)
+        self.engine = start_engine(model, optimizer, config, topology)
         self.scheduler = scheduler
         self.topology = topology
         self.loss_fn = loss_fn
         self.train_fn = train_fn
         self.around = around
+        self.curvature = curvature
         self.stage = int(config["zero_optimization"]["stage"])
         install_gradient_hooks(model)
         lend_head(model)  # in the precision of the engine
@@ -76,11 +79,23 @@ class DeepSpeedStep:
 
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """See `Step`."""
-        total = run_micro_batches(self, batch.on(self.engine.device), target_tokens, self._backward)
+        batches = batch.on(self.engine.device)
+        if self.curvature is not None and self.curvature.optimizer.curvature_due():
+            self._estimate(self.curvature, batches, target_tokens)
+        total = run_micro_batches(self, batches, target_tokens, self._backward)
         return_head_gradient(self.engine.module)
         if self.topology.dp.size > 1:
             dist.all_reduce(total, group=self.topology.dp.group)
         return loss_of_copy(total, self.topology)
+
+    def _estimate(self, curvature: Curvature, batches: Sequence[Batch], target_tokens: int) -> None:
+        """One more forward and backward, whose gradients reach the optimizer partitioned, as any others do."""
+        run_micro_batches(self, batches, target_tokens, self._backward, curvature.relabel)
+        return_head_gradient(self.engine.module)
+        clipping, self.engine.optimizer.clip_grad = self.engine.optimizer.clip_grad, 0.0
+        with curvature.optimizer.estimating(target_tokens):
+            self.engine.step()
+        self.engine.optimizer.clip_grad = clipping
 
     def _backward(self, batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
         if self.engine.managed_gradient_accumulation():
@@ -119,7 +134,8 @@ class DeepSpeedStep:
         return gathered_on_first(parameters, self.topology.dp, self.engine.device)
 
 
-def _initialize(model: nn.Module, optimizer: Optimizer, config: dict[str, Any], topology: Topology) -> Any:
+def start_engine(model: nn.Module, optimizer: Optimizer | None, config: dict[str, Any], topology: Topology) -> Any:
+    """DeepSpeed's engine around a model. Without an optimizer it does nothing but gather and partition parameters."""
     start_deepspeed(topology)
     import deepspeed
     from deepspeed.utils import groups

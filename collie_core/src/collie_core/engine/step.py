@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from collie_core.engine.norms import counts_here, norm_of_model
 from collie_core.engine.pipeline import Backward, one_forward_one_backward
 from collie_core.errors import RunError
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from collie_core.data.loader import Batch, StepBatch
+    from collie_core.engine.curvature import Relabel
+    from collie_core.hookspecs import CurvatureOptimizer
     from collie_core.topology import Topology
 
 NOT_A_NUMBER = (
@@ -83,6 +86,13 @@ class Engine(Step, Protocol):
     around: Around
 
 
+class Curvature(NamedTuple):
+    """An optimizer that estimates curvature, and how the labels for it are drawn."""
+
+    optimizer: CurvatureOptimizer
+    relabel: Relabel
+
+
 def token_mean_loss(outputs: Any, labels: Tensor, target_tokens: int, vocabulary: Vocabulary | None = None) -> Tensor:
     """Sum of the token losses of a micro-batch, divided by the targets of the whole global batch.
 
@@ -111,6 +121,7 @@ def stage_output(
     *,
     loss_fn: LossFn,
     train_fn: TrainFn | None,
+    relabel: Relabel | None = None,
 ) -> Tensor:
     """The share of one micro-batch in the loss of its global batch; before the last stage, its hidden states."""
     if train_fn is not None:
@@ -119,10 +130,14 @@ def stage_output(
     if stage is not None and not stage.is_last:
         return stage_forward(model, batch, hidden).logits  # type: ignore[no-any-return]
     if loss_fn is not token_mean_loss:
-        return loss_fn(stage_forward(model, batch, hidden), batch.labels, target_tokens)
+        outputs = stage_forward(model, batch, hidden)
+        labels = batch.labels if relabel is None else relabel(outputs.logits, batch, None)
+        return loss_fn(outputs, labels, target_tokens)
     with sharded_logits(model):
         outputs = stage_forward(model, batch, hidden)
-    return token_mean_loss(outputs, batch.labels, target_tokens, vocabulary_of(model))
+    vocabulary = vocabulary_of(model)
+    labels = batch.labels if relabel is None else relabel(outputs.logits, batch, vocabulary)
+    return token_mean_loss(outputs, labels, target_tokens, vocabulary)
 
 
 def stage_forward(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:
@@ -135,8 +150,16 @@ def stage_forward(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:
         return model(**inputs, use_cache=False)
 
 
-def run_micro_batches(step: Engine, batches: Sequence[Batch], target_tokens: int, backward: Backward) -> Tensor:
+def run_micro_batches(
+    step: Engine,
+    batches: Sequence[Batch],
+    target_tokens: int,
+    backward: Backward,
+    relabel: Relabel | None = None,
+) -> Tensor:
     """Every micro-batch forward and backward; gradients add up. One after the other, or over the stages of a copy.
+
+    With `relabel` the loss is that of other labels than the batch's own.
 
     Returns this rank's share of the loss, a detached scalar; 0 before the last stage.
     """
@@ -144,9 +167,8 @@ def run_micro_batches(step: Engine, batches: Sequence[Batch], target_tokens: int
 
     def forward_around(batch: Batch, hidden: Tensor | None) -> Tensor:
         with step.around(batch), step.precision():
-            output = stage_output(
-                step.model, batch, hidden, target_tokens, loss_fn=step.loss_fn, train_fn=step.train_fn
-            )
+            functions: Any = {"loss_fn": step.loss_fn, "train_fn": step.train_fn, "relabel": relabel}
+            output = stage_output(step.model, batch, hidden, target_tokens, **functions)
         if output.ndim == 0:
             total.add_(output.detach())
         return output
@@ -186,6 +208,7 @@ class TorchStep:
         loss_fn: LossFn = token_mean_loss,
         train_fn: TrainFn | None = None,
         around: Around = lambda batch: nullcontext(),
+        curvature: Curvature | None = None,
     ) -> None:
         self._model = model
         self.optimizer = optimizer
@@ -196,6 +219,7 @@ class TorchStep:
         self.loss_fn = loss_fn
         self.train_fn = train_fn
         self.around = around
+        self.curvature = curvature
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
         # float16 has too small a range for gradients; the scaler keeps them in it, and grows back after an overflow.
@@ -219,10 +243,27 @@ class TorchStep:
 
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """See `Step`."""
-        total = run_micro_batches(self, batch.on(self.device), target_tokens, self._backward)
+        batches = batch.on(self.device)
+        if self.curvature is not None and self.curvature.optimizer.curvature_due():
+            self._estimate(self.curvature, batches, target_tokens)
+        return loss_of_copy(self._gradients(batches, target_tokens), self.topology)
+
+    def _estimate(self, curvature: Curvature, batches: Sequence[Batch], target_tokens: int) -> None:
+        """One more forward and backward, for the optimizer's estimate; an overflow in float16 leaves that as it is."""
+        self._gradients(batches, target_tokens, curvature.relabel)
+        self._share_overflow()
+        self.scaler.unscale_(self.optimizer)
+        with curvature.optimizer.estimating(target_tokens):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self, batches: Sequence[Batch], target_tokens: int, relabel: Relabel | None = None) -> Tensor:
+        """Gradients of the global batch; returns the loss on the last stage."""
+        total = run_micro_batches(self, batches, target_tokens, self._backward, relabel)
         return_head_gradient(self._model)
         self._sum_over_data(total)
-        return loss_of_copy(total, self.topology)
+        return total
 
     def _backward(self, batch: Batch, output: Tensor, gradient: Tensor | None, last: bool) -> None:
         if gradient is None:
@@ -260,19 +301,8 @@ class TorchStep:
         return nullcontext()
 
     def _grad_norm(self) -> Tensor:
-        """The L2 norm over the whole model, each entry counted once whatever ranks hold it."""
-        tensor_rank, model = self.topology.tp.rank, self.topology.model
-        counted = [
-            parameter.grad
-            for parameter in self.parameters
-            if parameter.grad is not None and (tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
-        ]
-        norm = nn.utils.get_total_norm(counted)
-        if model.size == 1:
-            return norm
-        squares = norm.to(self.device, torch.float64).square()
-        dist.all_reduce(squares, group=model.group)
-        return squares.sqrt().to(torch.float32)
+        gradients = [p.grad for p in self.parameters if p.grad is not None and counts_here(p, self.topology)]
+        return norm_of_model(nn.utils.get_total_norm(gradients), self.topology)
 
     def _share_overflow(self) -> None:
         """An overflow in one part of the model must skip the update of every part (float16 only)."""

@@ -138,18 +138,19 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def _gather(tensor: Tensor, shares: Shares, dim: int) -> Tensor:
-    return shares.join(gathered(_padded(tensor, shares.longest, dim), shares.axis), dim)
+    return shares.join(gathered(padded(tensor, shares.longest, dim), shares.axis), dim)
 
 
 def _scatter(tensor: Tensor, shares: Shares, dim: int) -> Tensor:
     axis = shares.axis
-    parts = torch.stack([_padded(shares.take(tensor, dim, rank), shares.longest, dim) for rank in range(axis.size)])
+    parts = torch.stack([padded(shares.take(tensor, dim, rank), shares.longest, dim) for rank in range(axis.size)])
     result = torch.empty_like(parts[0])
     _reduce_scatter(result.view(-1), parts.view(-1), group=axis.group)
     return result.narrow(dim, 0, shares.size()).contiguous()
 
 
-def _padded(tensor: Tensor, length: int, dim: int) -> Tensor:
+def padded(tensor: Tensor, length: int, dim: int) -> Tensor:
+    """The tensor with zeros behind it, so that it is as long as the longest part."""
     missing = length - tensor.shape[dim]
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim % tensor.ndim) + (0, missing)) if missing else tensor
 

@@ -37,6 +37,7 @@ from collie_core.model.sequence import (
 )
 from collie_core.model.stages import Stub
 from collie_core.model.vocabulary import Vocabulary, cross_entropy
+from collie_core.model.whole import set_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,7 +113,7 @@ def install_gradient_hooks(model: nn.Module) -> None:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if name in facts.rules:
-                _mark(parameter, facts.rules[name], facts.axis)
+                set_whole(parameter, facts.rules[name], facts.axis)
             if name in facts.partial:
                 _hook(parameter, facts.axis, facts.partial[name])
 
@@ -177,7 +178,7 @@ def _cut(name: str, whole: nn.Parameter, rule: Rule, axis: Axis) -> nn.Parameter
         )
     part = shares.take(whole.detach(), rule.dim).clone(memory_format=torch.contiguous_format)
     parameter = nn.Parameter(part, requires_grad=whole.requires_grad)
-    _mark(parameter, rule, axis)
+    set_whole(parameter, rule, axis)
     return parameter
 
 
@@ -187,11 +188,6 @@ def _note(module: nn.Module, axis: Axis, *, rules: Mapping[str, Rule], partial: 
     facts = Shard(axis, {**known.rules, **rules}, {**known.partial, **partial})
     module.collie_shard = facts  # type: ignore[assignment]
     return facts
-
-
-def _mark(parameter: nn.Parameter, rule: Rule, axis: Axis) -> None:
-    """Say on which rank a share counts in a norm; DeepSpeed reads the same mark."""
-    parameter.tensor_model_parallel = axis.rank % rule.copies == 0  # type: ignore[attr-defined]
 
 
 def _hook(parameter: nn.Parameter, axis: Axis, neighbours: int) -> None:

@@ -41,9 +41,15 @@ def run_facts(parts: Parts) -> dict[str, Any]:
 
 
 def _optimizer(parts: Parts, trainable: int) -> str:
-    """Name, learning rate, and what it declares to keep beside the weights."""
+    """Name, learning rate, what it declares to keep beside the weights, and passes that it takes more than others."""
     if parts.given.optimizer is not None:
         return "handed in"
-    section = parts.config.optimizer
-    state = trainable * parts.registry.component("optimizer", section.type).can.state_bytes_per_parameter  # type: ignore[attr-defined]
-    return f"{section.type}, lr {section.lr:g}, {text.memory(state)} of state"
+    section, can = parts.config.optimizer, parts.optimizer_can
+    line = f"{section.type}, lr {section.lr:g}, {text.memory(trainable * can.state_bytes_per_parameter)} of state"
+    if can.estimates_curvature:
+        line += "; another forward and backward on steps that estimate curvature"
+    max_grad_norm = parts.config.train.max_grad_norm
+    if can.fuses_backward and (max_grad_norm or parts.dtype == torch.float16):
+        cause = "train.max_grad_norm (0: one)" if max_grad_norm else "float16"
+        line += f"; two backward passes per step, because of {cause}"
+    return line
