@@ -181,7 +181,12 @@ print("swift_pack.impl" in sys.modules)
 def test_descriptions_do_not_cost_torch(install: Any, python: Any) -> None:
     _swift(install)
     result = python(STAGE_1)
-    assert result.stdout.splitlines() == ["swift_pack.impl:Swift", "type lr weight_decay speed", "", "True"]
+    assert result.stdout.splitlines() == [
+        "swift_pack.impl:Swift",
+        "type lr weight_decay param_groups speed",
+        "",
+        "True",
+    ]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -375,7 +380,7 @@ def test_no_config_means_nothing_but_the_type(install: Any) -> None:
 
 def test_an_optimizer_without_options_still_has_a_learning_rate(install: Any) -> None:
     model = _one(install, "optimizer", 'build="one_pack:O"', "").config_model("optimizer", "one")
-    assert list(model.model_fields) == ["type", "lr", "weight_decay"]
+    assert list(model.model_fields) == ["type", "lr", "weight_decay", "param_groups"]
     assert issubclass(model, OptimizerConfig)
 
 

@@ -88,7 +88,8 @@ class OptimizerFactory(Protocol):
 class FusedOptimizer(Protocol):
     """A `torch.optim.Optimizer` that updates a parameter in the middle of backward, so that gradients never add up.
 
-    Its weights are those of the run's precision; there are no float32 copies of them.
+    The weights are those of the run's precision, without float32 copies. `step()` is called after backward, and finds no
+    gradient then.
     """
 
     def update(self, param: nn.Parameter, grad: Tensor) -> None:

@@ -134,5 +134,5 @@ def test_a_metric_that_reads_something_else_is_refused(install: Any) -> None:
 
 
 def test_names_of_other_kinds_and_near_names() -> None:
-    assert "Did you mean 'adamw'?" in _refused(optimizer="adamv")
+    assert "Did you mean 'sgd'?" in _refused(optimizer="sgdd")
     assert "unknown adapter 'zzz'" in _refused(adapter="zzz")

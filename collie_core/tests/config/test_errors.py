@@ -86,7 +86,7 @@ def test_one_rule_in_words(line: str, key: str, rule: str) -> None:
         ("model: {dtype: bfloat61}", "Did you mean bfloat16?"),
         ("lr_scheduler: cosin", "Did you mean cosine?"),
         ("train: {output_dir: 5}", "put it in quotes"),
-        ("optimizer: adamv", ""),
+        ("optimizer: sgdd", ""),
     ],
 )
 def test_the_nearest_name(line: str, hint: str) -> None:
@@ -97,7 +97,7 @@ def test_the_nearest_name(line: str, hint: str) -> None:
     (problem,) = caught.value.problems
     assert hint in problem.hint
     if not hint:
-        assert "Did you mean 'adamw'?" in problem.rule
+        assert "Did you mean 'sgd'?" in problem.rule
 
 
 def test_all_problems_at_once_with_their_lines() -> None:

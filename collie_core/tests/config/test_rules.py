@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from collie_core.config.rules import RULES, compatibility_page, require_parts
+from collie_core.config.rules import RULES, compatibility_page, require_fusable, require_parts
 from collie_core.config.run import RunConfig
 from collie_core.errors import ConfigError
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 LLAMA = {"config": {"model_type": "llama"}}
 FULL: dict[str, Any] = {"model": {"model_name_or_path": "m"}, "data": {"train": "t", "eval": "e"}}
 
-# key of the rule -> sections that break it and no other rule
+# key of the rule, and what an optimizer must declare for it -> sections that break it and no other rule
 BREAKS: dict[str, dict[str, Any]] = {
     "model.model_name_or_path": {"model": {}},
     "parallel.sequence_parallel": {"parallel": {"sequence_parallel": True}},
@@ -34,16 +34,37 @@ BREAKS: dict[str, dict[str, Any]] = {
     "evaluation.on_start": {"data": {"train": "t"}, "evaluation": {"on_start": True}},
     "train.max_steps": {"train": {"max_steps": 1, "num_train_epochs": 1}},
     "lr_scheduler.warmup_ratio": {"lr_scheduler": {"warmup_ratio": 0.1, "warmup_steps": 1}},
+    "train.gradient_accumulation_steps fuses_backward": {"train": {"gradient_accumulation_steps": 2}},
+    "parallel.pipeline_parallel_size fuses_backward": {"parallel": {"pipeline_parallel_size": 2}},
+    "parallel.zero_stage fuses_backward": {"parallel": {"zero_stage": 2}},
+    "parallel.offload_optimizer fuses_backward": {"parallel": {"zero_stage": 3, "offload_optimizer": True}},
+    "parallel.zero_stage whole_tensors": {"parallel": {"zero_stage": 1}},
 }
+SPECIAL = """
+from collie_core.api import Component, OptimizerCan
+SPECIAL = Component(build="nowhere:Special", can=OptimizerCan({capability}=True))
+"""
+
+
+def capability_of(rule: Any) -> str:
+    """What the optimizer of the rule declares, by the words of the table."""
+    words = {"updates in backward": "fuses_backward", "works on whole matrices": "whole_tensors"}
+    return next((capability for text, capability in words.items() if text in rule.what), "")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.key)
-def test_each_rule_refuses_its_combination_alone(rule: Any, tmp_path: Path) -> None:
-    if rule.key not in BREAKS:
+def test_each_rule_refuses_its_combination_alone(rule: Any, tmp_path: Path, install: Any) -> None:
+    capability = capability_of(rule)
+    key = f"{rule.key} {capability}".strip()
+    if key not in BREAKS:
         # these need a plugin: see test_components, and the tests of collie_peft
         assert rule.key in ("evaluation.evaluators", "adapter")
         return
-    sections = {**FULL, **BREAKS[rule.key]}
+    sections = {**FULL, **BREAKS[key]}
+    if capability:
+        files = {"special_pack.py": SPECIAL.format(capability=capability)}
+        install("collie-special", groups={"collie.optimizer": {"special": "special_pack:SPECIAL"}}, files=files)
+        sections["optimizer"] = {"type": "special", "lr": 1.0}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(sections))
     with pytest.raises(ConfigError) as caught:
@@ -59,6 +80,18 @@ def test_what_is_not_refused_is_taken() -> None:
     RunConfig(**FULL, train={"max_steps": 1}, lr_scheduler={"warmup_steps": 0, "type": "linear"})
     RunConfig(**FULL, parallel={"zero_stage": 3}, deepspeed={"a": 1})
     RunConfig(**{**FULL, "model": LLAMA}, tokenizer={"name_or_path": "x"})
+
+
+def test_what_a_program_hands_in_is_asked_too() -> None:
+    require_fusable(RunConfig(**FULL, train={"global_batch_size": 4, "per_device_train_batch_size": 2}), 2)
+    with pytest.raises(ConfigError, match=r"train\.gradient_accumulation_steps: it uses a gradient at once"):
+        require_fusable(RunConfig(**FULL, train={"global_batch_size": 4, "per_device_train_batch_size": 2}), 1)
+    with pytest.raises(ConfigError) as caught:
+        require_fusable(RunConfig(**FULL, parallel={"pipeline_parallel_size": 2, "zero_stage": 1}), 1)
+    assert [problem.key for problem in caught.value.problems] == [
+        "parallel.pipeline_parallel_size",
+        "parallel.zero_stage",
+    ]
 
 
 def test_parts_that_neither_the_file_nor_the_program_gives() -> None:

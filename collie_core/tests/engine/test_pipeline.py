@@ -132,6 +132,8 @@ def test_stages_train_as_the_whole_model_does(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_float16_gradients_are_scaled_once_over_all_stages(zero_stage: int, zygote: Any) -> None:
+    if zero_stage and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("DeepSpeed refuses float16 on this CPU, which does not calculate in it")
     (expected,) = zygote.run(__file__, "train", world_size=1, args=(1, 0, 3, True))
     ranks = zygote.run(__file__, "train", world_size=2, args=(2, zero_stage, 3, True, "float16"))
     assert all(rank == ranks[0] for rank in ranks)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from collie_core.config.base import OptimizerConfig
 from collie_core.optimizers.adamw import adamw, fused_kernel_fits
 from collie_core.optimizers.configs import AdamWConfig, SGDConfig
 from collie_core.optimizers.sgd import sgd
@@ -18,11 +19,15 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias], "weight_decay": 0.0}]
 
 
+def _options(config: OptimizerConfig) -> dict[str, Any]:
+    return config.model_dump(exclude=set(config.for_the_core))
+
+
 @pytest.mark.parametrize(
     ("build", "reference", "options"),
     [
-        (adamw, torch.optim.AdamW, AdamWConfig(lr=0.01, betas=(0.8, 0.9)).model_dump(exclude={"type"})),
-        (sgd, torch.optim.SGD, SGDConfig(lr=0.01, momentum=0.9, nesterov=True).model_dump(exclude={"type"})),
+        (adamw, torch.optim.AdamW, _options(AdamWConfig(lr=0.01, betas=(0.8, 0.9)))),
+        (sgd, torch.optim.SGD, _options(SGDConfig(lr=0.01, momentum=0.9, nesterov=True))),
     ],
     ids=["adamw", "sgd"],
 )

@@ -123,7 +123,5 @@ class OptimizerConfig(ComponentConfig):
     for_the_core: ClassVar[frozenset[str]] = frozenset({"type", "param_groups"})
 
     lr: float = Field(gt=0, description="Learning rate after warm-up: the peak of the schedule.")
-    weight_decay: float = Field(
-        0.0, ge=0, description="Decay of matrices and embeddings. Vectors (norms, biases) have none."
-    )
+    weight_decay: float = Field(0.0, ge=0, description="Decay of matrices and embeddings; vectors have none.")
     param_groups: list[ParamGroup] = Field([], description="Parameters with options of their own.")

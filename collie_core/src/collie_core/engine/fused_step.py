@@ -150,6 +150,7 @@ class FusedStep:
         if not (math.isfinite(norm) or self.scale.active):
             raise RunError(DAMAGED.format(norm=norm))
         if math.isfinite(norm):
+            self.optimizer.step()  # it finds no gradient; schedules want to see it called
             self.scheduler.step()
         self.scale.update(overflow=not math.isfinite(norm))
         return norm
@@ -220,7 +221,7 @@ class FusedStep:
         if self.scale.active:  # in float32, where dividing loses nothing
             gradient = gradient.float().div_(self.scale.value)
         if not (self._updating and self.two_passes):
-            self._norms[parameter] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            self._norms[parameter] = _norm(gradient)
         if not self._updating:
             return
         if self._coefficient is not None:
@@ -229,6 +230,13 @@ class FusedStep:
 
     def _apply(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         self.optimizer.update(parameter, gradient)
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """The L2 norm in float32, where the gradient is of float32 by the very function that the other steps call."""
+    if gradient.dtype == torch.float32:
+        return nn.utils.get_total_norm([gradient])
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
 class Zero3FusedStep(FusedStep):
