@@ -88,8 +88,8 @@ class OptimizerFactory(Protocol):
 class FusedOptimizer(Protocol):
     """A `torch.optim.Optimizer` that updates a parameter in the middle of backward, so that gradients never add up.
 
-    The weights are those of the run's precision, without float32 copies. `step()` is called after backward, and finds no
-    gradient then.
+    The weights are those of the run's precision, without float32 copies. `step()` is called after backward, when no
+    gradient is left.
     """
 
     def update(self, param: nn.Parameter, grad: Tensor) -> None:

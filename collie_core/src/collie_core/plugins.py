@@ -60,7 +60,12 @@ CATALOGUE = {
     ("model", "mistral"): "collie-llama",
     ("model", "qwen2"): "collie-llama",
     ("model", "qwen3"): "collie-llama",
+    ("optimizer", "adalomo"): "collie-optim",
+    ("optimizer", "adan"): "collie-optim",
     ("optimizer", "lion"): "collie-optim",
+    ("optimizer", "lomo"): "collie-optim",
+    ("optimizer", "muon"): "collie-optim",
+    ("optimizer", "sophia"): "collie-optim",
     ("adapter", "lora"): "collie-peft",
 }
 

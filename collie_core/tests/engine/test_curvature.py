@@ -1,4 +1,4 @@
-"""Labels drawn from the model's own distribution: rightly, alike on every layout and rank, and given to the optimizer."""
+"""Labels drawn from the model's own distribution: rightly, alike on every layout and rank, and used as they should."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from collie_core.config.parallel import ParallelConfig
-from collie_core.data.loader import IGNORE, Batch, collate
+from collie_core.data.loader import IGNORE, Batch, StepBatch, collate
 from collie_core.engine.curvature import drawn_labels
 from collie_core.engine.deepspeed_config import deepspeed_config
 from collie_core.engine.step import Curvature, Step, TorchStep
@@ -205,8 +205,6 @@ def plain_loss(batches: list[Batch]) -> float:
         dtype=torch.float32,
         max_grad_norm=None,
     )
-    from collie_core.data.loader import StepBatch
-
     batch = StepBatch(batches, samples=2, tokens=0, epoch=0.0)
     return step.forward_backward(batch, batch.target_tokens).item()
 

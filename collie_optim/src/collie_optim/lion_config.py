@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from collie_core.api import OptimizerConfig
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
+from collie_optim.options import Beta, Kernel
 
 
 class LionConfig(OptimizerConfig):
@@ -29,3 +28,4 @@ class LionConfig(OptimizerConfig):
         (0.9, 0.99),
         description="Weight of the past momentum in the update's direction, and in the momentum itself.",
     )
+    kernel: Kernel = "auto"

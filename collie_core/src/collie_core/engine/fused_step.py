@@ -235,7 +235,8 @@ class FusedStep:
 def _norm(gradient: Tensor) -> Tensor:
     """The L2 norm in float32, where the gradient is of float32 by the very function that the other steps call."""
     if gradient.dtype == torch.float32:
-        return nn.utils.get_total_norm([gradient])
+        norm: Tensor = nn.utils.get_total_norm([gradient])
+        return norm
     return torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
