@@ -159,6 +159,9 @@ def test_losses_are_those_of_one_process(
 ) -> None:
     found = run_all(zygote, topology, names_on(topology), llama, instructions, tmp_path, changes=SHORT)
     assert_the_same(found, alone)
+    if topology == "dp2":
+        expected = alone["lomo"][0]
+        assert largest_difference(found["lomo"][0], expected) <= 1e-6 * max(expected)
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +214,8 @@ def test_weights_in_bfloat16_follow_float32(
     names = [*IN_BACKWARD, "muon"] if topology != "dp2zero3" else [*IN_BACKWARD, "sophia"]
     changes = SHORT | {"model.dtype": "bfloat16"}
     for name, (losses, _) in run_all(zygote, topology, names, llama, instructions, tmp_path, changes=changes).items():
-        assert largest_difference(losses, alone[name][0]) <= 5e-2, name
+        # There are no float32 copies of weights to add small updates to, so this is no rounding of the losses alone.
+        assert largest_difference(losses, alone[name][0]) <= 0.1, name
 
 
 # -- LOMO is gradient descent ------------------------------------------------------------------------------------

@@ -268,5 +268,9 @@ def test_a_rehearsal_keeps_the_batch_and_leaves_out_what_its_topology_has_not(tm
         assert small.parallel.sequence_parallel == (sizes.tp == 2)
         assert small.parallel.pipeline_cuts == ([3, 1] if sizes.pp == 2 else "parameters")
         assert (small.train.max_steps, small.data.eval, small.model.dtype) == (2, [], "float32")
+    size = {"per_device_train_batch_size": 4}
+    in_backward = RunConfig(model={"model_name_or_path": "m"}, train=size, optimizer="lomo")  # it cannot accumulate
+    changed = rehearsal(in_backward, Sizes(dp=1), global_batch=12, steps=2, folder=tmp_path)
+    assert RunConfig.from_text(in_backward.to_yaml(), changed).per_device_train_batch_size(1) == 12
     with pytest.raises(RunError, match="5 data-parallel ranks cannot share a global batch of 12 evenly"):
         rehearsal(config, Sizes(dp=5), global_batch=12, steps=1, folder=tmp_path)

@@ -219,7 +219,10 @@ class Hooks:
         """Before forward of each optimizer step. May change the tensors of `batch.micro_batches` in place."""
 
     def collie_before_update(self, run: Run) -> None:
-        """After the last backward of a step, before clipping and update. May change gradients in place."""
+        """After the last backward of a step, before clipping and update. May change gradients in place.
+
+        An optimizer that updates in backward has used and dropped them by then.
+        """
 
     def collie_after_step(self, run: Run, loss: Tensor) -> None:
         """After the update of each optimizer step; `loss` is the token mean of the global batch, a scalar."""

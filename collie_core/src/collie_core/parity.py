@@ -97,7 +97,9 @@ def rehearsal(config: RunConfig, sizes: Sizes, *, global_batch: int, steps: int,
             f"{sizes.dp} data-parallel ranks cannot share a global batch of {global_batch} evenly; "
             f"set train.global_batch_size={max(1, share) * sizes.dp}"
         )
-    most = config.train.per_device_train_batch_size or 1
+    can: Any = config.registry.component("optimizer", config.optimizer.type).can
+    # An optimizer that updates in backward takes its share at once, however much that is on this topology.
+    most = share if can.fuses_backward else config.train.per_device_train_batch_size or 1
     micro_batch = max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
     return [
         *sizes.overrides(config),

@@ -54,18 +54,21 @@ def adalomo_update(
     """
     *_, rows, cols = whole.shape(param)
     rows_are_cut, cols_are_cut = whole.dim == param.ndim - 2, whole.dim == param.ndim - 1
+    scratch = row.new_empty(_rows_at_a_time(param), param.shape[-1])
     row_sum, col_sum = torch.empty_like(row), torch.zeros_like(col)
     for g, r, c in _matrices(grad, row_sum, col_sum):
-        _sums_of_squares(g, r, c)
+        _sums_of_squares(g, r, c, scratch)
     row.lerp_((whole.sum(row_sum) if cols_are_cut else row_sum).div_(cols).add_(eps[0]), 1 - beta)
     col.lerp_((whole.sum(col_sum) if rows_are_cut else col_sum).div_(rows).add_(eps[0]), 1 - beta)
     # The mean of the rows is that of the columns, since both are the mean of all entries: take what is whole here.
     mean = (col if rows_are_cut else row).mean(-1, keepdim=True)
     a, b = mean / row, 1 / col  # 1 / V = a b
-    squares = torch.stack([_weighted_squares(g, v).dot(u) for g, u, v in _matrices(grad, a, b)]).sum()
+    for g, r, v in _matrices(grad, row_sum, b):
+        _weighted_squares(g, v, r, scratch)
+    squares = row_sum.mul_(a).sum()
     rate, shrink = _rates(param, squares, lr, eps[1], clip_threshold, weight_decay, whole)
     for p, g, u, v in _matrices(param, grad, a.sqrt_().mul_(rate), b.sqrt_()):
-        _apply(p, g, u, v, shrink)
+        _apply(p, g, u, v, shrink, scratch)
 
 
 def adalomo_vector_update(
@@ -85,17 +88,18 @@ def adalomo_vector_update(
     square.lerp_(g.square().add_(eps[0]), 1 - beta)
     update = g * square.rsqrt()
     rate, shrink = _rates(param, update.square().sum(), lr, eps[1], clip_threshold, weight_decay, whole)
-    param.copy_((param * shrink).sub_(update * rate))
+    param.copy_((param if shrink is None else param * shrink).sub(update * rate))
 
 
 def _rates(
     param: Tensor, squares: Tensor, lr: float, eps: float, threshold: float, weight_decay: float, whole: Whole
-) -> tuple[Tensor, Tensor]:
-    """What U_t and theta_{t-1} are multiplied by; `squares` is the sum of those of this rank's part of U_t."""
+) -> tuple[Tensor, Tensor | None]:
+    """What U_t and theta_{t-1} are multiplied by, None: 1; `squares` is the sum of those of this rank's part of U_t."""
     own = torch.stack([torch.linalg.vector_norm(param, dtype=squares.dtype).square(), squares])
     weight_rms, update_rms = (whole.sum(own) / whole.numel(param)).sqrt().unbind()
     relative = lr * weight_rms.clamp(min=eps)
-    return relative / (update_rms / threshold).clamp(min=1.0), 1 - relative * weight_decay
+    shrink = 1 - relative * weight_decay if weight_decay else None
+    return relative / (update_rms / threshold).clamp(min=1.0), shrink
 
 
 def _matrices(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -107,32 +111,47 @@ def _matrices(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield from _matrices(*parts)
 
 
-def _rows_at_a_time(matrix: Tensor) -> int:
-    return max(1, BLOCK // max(1, matrix.shape[1]))
+def _rows_at_a_time(stack: Tensor) -> int:
+    return min(stack.shape[-2], max(1, BLOCK // max(1, stack.shape[-1])))
 
 
-def _sums_of_squares(grad: Tensor, row_sum: Tensor, col_sum: Tensor) -> None:
+def _in_blocks(scratch: Tensor, grad: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of `grad` and of what belongs to them, block by block, after a part of `scratch` for a block.
+
+    The gradient comes in the precision of the scratch; when it is of another, it comes in the scratch itself.
+    """
+    whole, rows = grad.shape[0], scratch.shape[0]
+    for begin in range(0, whole, max(1, rows)):
+        out, block = scratch, (grad, *others)
+        if rows < whole:
+            size = min(rows, whole - begin)
+            out, block = scratch[:size], tuple(tensor.narrow(0, begin, size) for tensor in block)
+        g, *parts = block
+        yield out, g if g.dtype == out.dtype else out.copy_(g), *parts
+
+
+def _sums_of_squares(grad: Tensor, row_sum: Tensor, col_sum: Tensor, scratch: Tensor) -> None:
     """The sums over each row of `grad` [n, m] into `row_sum`; those over each column are added to `col_sum`."""
-    rows = _rows_at_a_time(grad)
-    ones = row_sum.new_ones(max(rows, grad.shape[1]))
-    for g, r in zip(grad.split(rows), row_sum.split(rows), strict=True):
-        squares = g.to(r.dtype).square()
-        r.copy_(squares.mv(ones[: grad.shape[1]]))
-        col_sum.addmv_(squares.t(), ones[: len(squares)])
+    for out, g, r in _in_blocks(scratch, grad, row_sum):
+        squares = torch.mul(g, g, out=out)
+        torch.sum(squares, 1, out=r)
+        col_sum.add_(squares.sum(0))
 
 
-def _weighted_squares(grad: Tensor, weights: Tensor) -> Tensor:
-    """For each row of `grad` [n, m] the sum of its squares times the `weights` [m] of the columns: [n]."""
-    return torch.cat([g.to(weights.dtype).square().mv(weights) for g in grad.split(_rows_at_a_time(grad))])
+def _weighted_squares(grad: Tensor, weights: Tensor, row_sum: Tensor, scratch: Tensor) -> None:
+    """The sum over each row of the squares of `grad` [n, m], times the `weights` [m] of the columns, into `row_sum`."""
+    for out, g, r in _in_blocks(scratch, grad, row_sum):
+        torch.mv(torch.mul(g, g, out=out), weights, out=r)
 
 
-def _apply(param: Tensor, grad: Tensor, a: Tensor, b: Tensor, shrink: Tensor) -> None:
+def _apply(param: Tensor, grad: Tensor, a: Tensor, b: Tensor, shrink: Tensor | None, scratch: Tensor) -> None:
     """param <- shrink param - a G b, for `a` [n] and `b` [m]; below float32 it is rounded once."""
-    rows = _rows_at_a_time(param)
-    for p, g, u in zip(param.split(rows), grad.split(rows), a.split(rows), strict=True):
-        update = g.to(b.dtype) * b
+    for out, g, p, u in _in_blocks(scratch, grad, param, a):
+        update = torch.mul(g, b, out=out)
         weights = p if p.dtype == b.dtype else p.to(b.dtype)
-        weights.mul_(shrink).addcmul_(update, u[:, None], value=-1)
+        if shrink is not None:
+            weights.mul_(shrink)
+        weights.addcmul_(update, u[:, None], value=-1)
         if weights is not p:
             p.copy_(weights)
 

@@ -217,6 +217,7 @@ class FusedStep:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         if self.topology.dp.size > 1:
+            gradient = gradient.contiguous()
             dist.all_reduce(gradient, group=self.topology.dp.group)
         if self.scale.active:  # in float32, where dividing loses nothing
             gradient = gradient.float().div_(self.scale.value)
