@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from collie_core.api import Whole, whole_of
 from collie_optim.fused import FusedBase, require_at_least_0
 
-BLOCK = 1 << 18  # entries looked at at a time: they stay in the cache, and are all the memory that an update takes
+BLOCK = 3 << 17  # entries looked at at a time: they stay in the cache, and are all the memory that an update takes
 
 
 def adalomo_update(
@@ -62,7 +62,7 @@ def adalomo_update(
     col.lerp_((whole.sum(col_sum) if rows_are_cut else col_sum).div_(rows).add_(eps[0]), 1 - beta)
     # The mean of the rows is that of the columns, since both are the mean of all entries: take what is whole here.
     mean = (col if rows_are_cut else row).mean(-1, keepdim=True)
-    a, b = mean / row, 1 / col  # 1 / V = a b
+    a, b = mean / row, col.reciprocal()  # 1 / V = a b
     for g, r, v in _matrices(grad, row_sum, b):
         _weighted_squares(g, v, r, scratch)
     squares = row_sum.mul_(a).sum()
@@ -95,11 +95,11 @@ def _rates(
     param: Tensor, squares: Tensor, lr: float, eps: float, threshold: float, weight_decay: float, whole: Whole
 ) -> tuple[Tensor, Tensor | None]:
     """What U_t and theta_{t-1} are multiplied by, None: 1; `squares` is the sum of those of this rank's part of U_t."""
-    own = torch.stack([torch.linalg.vector_norm(param, dtype=squares.dtype).square(), squares])
-    weight_rms, update_rms = (whole.sum(own) / whole.numel(param)).sqrt().unbind()
-    relative = lr * weight_rms.clamp(min=eps)
-    shrink = 1 - relative * weight_decay if weight_decay else None
-    return relative / (update_rms / threshold).clamp(min=1.0), shrink
+    own = torch.stack([torch.linalg.vector_norm(param, dtype=squares.dtype).square_(), squares])
+    weight_rms, update_rms = whole.sum(own).div_(whole.numel(param)).sqrt_().unbind()
+    relative = weight_rms.clamp_(min=eps)
+    shrink = 1 - relative * (lr * weight_decay) if weight_decay else None
+    return relative.mul(lr * threshold).div_(update_rms.clamp_(min=threshold)), shrink
 
 
 def _matrices(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -151,7 +151,7 @@ def _apply(param: Tensor, grad: Tensor, a: Tensor, b: Tensor, shrink: Tensor | N
         weights = p if p.dtype == b.dtype else p.to(b.dtype)
         if shrink is not None:
             weights.mul_(shrink)
-        weights.addcmul_(update, u[:, None], value=-1)
+        weights.addcmul_(update, u.unsqueeze(1), value=-1)
         if weights is not p:
             p.copy_(weights)
 

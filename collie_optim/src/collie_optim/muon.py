@@ -82,7 +82,7 @@ class Muon(Optimizer):
 
     Args:
         ns_steps: iterations of Newton-Schulz.
-        ns_dtype: their precision; auto: bfloat16 on a GPU, float32 on a CPU, which multiplies bfloat16 more slowly.
+        ns_dtype: their precision; auto: bfloat16 on a GPU, float32 on a CPU, where topologies then agree to rounding.
         scale: see above.
         adamw_lr, adamw_betas, adamw_eps: of the other parameters, which share `weight_decay`.
 

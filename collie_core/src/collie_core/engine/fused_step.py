@@ -238,7 +238,8 @@ def _norm(gradient: Tensor) -> Tensor:
     if gradient.dtype == torch.float32:
         norm: Tensor = nn.utils.get_total_norm([gradient])
         return norm
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    coarse: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return coarse
 
 
 class Zero3FusedStep(FusedStep):
