@@ -63,8 +63,10 @@ def adalomo_update(
     # The mean of the rows is that of the columns, since both are the mean of all entries: take what is whole here.
     mean = (col if rows_are_cut else row).mean(-1, keepdim=True)
     a, b = mean / row, col.reciprocal()  # 1 / V = a b
-    for g, r, v in _matrices(grad, row_sum, b):
-        _weighted_squares(g, v, r, scratch)
+    kept = grad.dtype == scratch.dtype  # the last squares are still in the scratch, so go backwards
+    for g, r, v in reversed(list(_matrices(grad, row_sum, b))):
+        _weighted_squares(g, v, r, scratch, kept=kept)
+        kept = False
     squares = row_sum.mul_(a).sum()
     rate, shrink = _rates(param, squares, lr, eps[1], clip_threshold, weight_decay, whole)
     for p, g, u, v in _matrices(param, grad, a.sqrt_().mul_(rate), b.sqrt_()):
@@ -115,13 +117,14 @@ def _rows_at_a_time(stack: Tensor) -> int:
     return min(stack.shape[-2], max(1, BLOCK // max(1, stack.shape[-1])))
 
 
-def _in_blocks(scratch: Tensor, grad: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _in_blocks(scratch: Tensor, grad: Tensor, *others: Tensor, backwards: bool = False) -> Iterator[tuple[Tensor, ...]]:
     """The rows of `grad` and of what belongs to them, block by block, after a part of `scratch` for a block.
 
     The gradient comes in the precision of the scratch; when it is of another, it comes in the scratch itself.
     """
     whole, rows = grad.shape[0], scratch.shape[0]
-    for begin in range(0, whole, max(1, rows)):
+    begins = range(0, whole, max(1, rows))
+    for begin in reversed(begins) if backwards else begins:
         out, block = scratch, (grad, *others)
         if rows < whole:
             size = min(rows, whole - begin)
@@ -138,10 +141,15 @@ def _sums_of_squares(grad: Tensor, row_sum: Tensor, col_sum: Tensor, scratch: Te
         col_sum.add_(squares.sum(0))
 
 
-def _weighted_squares(grad: Tensor, weights: Tensor, row_sum: Tensor, scratch: Tensor) -> None:
-    """The sum over each row of the squares of `grad` [n, m], times the `weights` [m] of the columns, into `row_sum`."""
-    for out, g, r in _in_blocks(scratch, grad, row_sum):
-        torch.mv(torch.mul(g, g, out=out), weights, out=r)
+def _weighted_squares(grad: Tensor, weights: Tensor, row_sum: Tensor, scratch: Tensor, *, kept: bool) -> None:
+    """The sum over each row of the squares of `grad` [n, m], times the `weights` [m] of the columns, into `row_sum`.
+
+    The last block comes first; `kept`: its squares are in the scratch.
+    """
+    for out, g, r in _in_blocks(scratch, grad, row_sum, backwards=True):
+        squares = out if kept else torch.mul(g, g, out=out)
+        torch.mv(squares, weights, out=r)
+        kept = False
 
 
 def _apply(param: Tensor, grad: Tensor, a: Tensor, b: Tensor, shrink: Tensor | None, scratch: Tensor) -> None:
