@@ -253,8 +253,8 @@ def test_one_distribution_that_gives_a_name_twice(install: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "words"),
     [
-        ("optimizer", "admw", "unknown optimizer 'admw'. Did you mean 'adamw'?"),
-        ("optimizer", "loin", "Did you mean 'lion'?"),
+        ("optimizer", "sgdd", "unknown optimizer 'sgdd'. Did you mean 'sgd'?"),
+        ("optimizer", "loin", "Did you mean 'lion' or 'muon'?"),
         ("optimizer", "lion", "'lion' is in collie-optim, which is not installed: pip install collie-optim"),
         ("adapter", "LoRA", "'LoRA' is in collie-peft, which is not installed: pip install collie-peft"),
         ("adapter", "adamw", "It is the name of a plugin of another kind: optimizer."),
@@ -416,8 +416,9 @@ class M:
 ADAPTER = """
 class A:
     def attach(self, model, config): return model
-    def save(self, model, path): ...
+    def save(self, model, path, state): ...
     def load(self, model, path): ...
+    def state(self, path): ...
 """
 
 

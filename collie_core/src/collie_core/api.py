@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collie_core.config.base import ComponentConfig, ConfigModel, OptimizerConfig, ParamGroup
+    from collie_core.config.base import AdapterConfig, ComponentConfig, ConfigModel, OptimizerConfig, ParamGroup
+    from collie_core.config.parallel import ParallelConfig
     from collie_core.config.run import RunConfig
     from collie_core.data.loader import Batch
     from collie_core.errors import CollieError, ConfigError, DataError, ModelError, PluginError, RunError
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
         OptimizerCan,
         Run,
         Server,
+        ShardedAdapter,
     )
     from collie_core.loop import Trainer
     from collie_core.model.family import Source, StockFamily
+    from collie_core.model.stages import is_stage
     from collie_core.model.whole import Whole, whole_of
     from collie_core.plugins import hookimpl
     from collie_core.topology import Topology
 
 _HOME = {
     "Adapter": "hookspecs",
+    "AdapterConfig": "config.base",
     "Batch": "data.loader",
     "Can": "hookspecs",
     "CollieError": "errors",
@@ -51,22 +55,26 @@ _HOME = {
     "OptimizerCan": "hookspecs",
     "OptimizerConfig": "config.base",
     "ParamGroup": "config.base",
+    "ParallelConfig": "config.parallel",
     "PluginError": "errors",
     "Run": "hookspecs",
     "RunConfig": "config.run",
     "RunError": "errors",
     "Server": "hookspecs",
+    "ShardedAdapter": "hookspecs",
     "Source": "model.family",
     "StockFamily": "model.family",
     "Topology": "topology",
     "Trainer": "loop",
     "Whole": "model.whole",
     "hookimpl": "plugins",
+    "is_stage": "model.stages",
     "whole_of": "model.whole",
 }
 
 __all__ = [
     "Adapter",
+    "AdapterConfig",
     "Batch",
     "Can",
     "CollieError",
@@ -83,18 +91,21 @@ __all__ = [
     "ModelFamily",
     "OptimizerCan",
     "OptimizerConfig",
+    "ParallelConfig",
     "ParamGroup",
     "PluginError",
     "Run",
     "RunConfig",
     "RunError",
     "Server",
+    "ShardedAdapter",
     "Source",
     "StockFamily",
     "Topology",
     "Trainer",
     "Whole",
     "hookimpl",
+    "is_stage",
     "whole_of",
 ]
 

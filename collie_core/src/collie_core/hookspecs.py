@@ -113,16 +113,33 @@ class CurvatureOptimizer(Protocol):
 
 
 class Adapter(Protocol):
-    """A parameter-efficient method."""
+    """A parameter-efficient method. Where it is put around a layer, it keeps that as its `base_layer`.
+
+    `model` may be this rank's part of a model, or a whole one without values: modules and names are what counts. Whole
+    tensors of the adapter come and go by the names of its trainable parameters.
+    """
 
     def attach(self, model: nn.Module, config: Any) -> nn.Module:
         """Insert the trainable parts and freeze the rest; returns the model to train."""
 
-    def save(self, model: nn.Module, path: Path) -> None:
-        """Write the adapter alone, in the peft format."""
+    def save(self, model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the adapter alone, in the peft format. On the main rank; `model` is whole, possibly without values."""
 
     def load(self, model: nn.Module, path: Path) -> nn.Module:
-        """Put a saved adapter onto its base model, for evaluation and generation."""
+        """`attach` as the saved adapter in `path` says; its values are filled in afterwards."""
+
+    def state(self, path: Path) -> Mapping[str, Tensor]:
+        """The values of a saved adapter, as they were given to `save`."""
+
+
+@runtime_checkable
+class ShardedAdapter(Adapter, Protocol):
+    """An adapter that works on a tensor-parallel share of a layer. Others are computed whole on every rank."""
+
+    def cut(self, name: str, shape: tuple[int, ...]) -> tuple[int, str] | None:
+        """For a trainable parameter and its whole shape, the dimension that lies along the layer's "inputs" or
+        "outputs" and is to be cut with them; None: every rank has it whole.
+        """
 
 
 class Metric(Protocol):

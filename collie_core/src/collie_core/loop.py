@@ -18,6 +18,7 @@ from collie_core.errors import RunError
 from collie_core.evaluate.perplexity import evaluating, feed
 from collie_core.generate import SampleText, sample_texts
 from collie_core.hookspecs import Run
+from collie_core.model.adapters import whole_of_part, whole_state
 from collie_core.model.build import describe_adapter
 from collie_core.model.export import save_pretrained, write_folder
 from collie_core.parts import EvalFn, HandedIn, Parts
@@ -229,9 +230,8 @@ class Trainer:
     def _write_adapter(self, folder: Path) -> None:
         adapter = self.config.adapter
         assert adapter is not None
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with self.parts.gathered(trainable):
-            if self.topology.is_main:
-                self.config.registry.load("adapter", adapter.type).save(self.model, folder)
-                describe_adapter(folder, adapter.type, str(self.config.model.model_name_or_path or ""))
-                self.parts.tokenizer.save_pretrained(folder)
+        state = whole_state(self.model, self.parts.gathered)
+        if self.topology.is_main:
+            self.config.registry.load("adapter", adapter.type).save(whole_of_part(self.model), folder, state)
+            describe_adapter(folder, adapter.type, str(self.config.model.model_name_or_path or ""))
+            self.parts.tokenizer.save_pretrained(folder)

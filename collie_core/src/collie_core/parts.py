@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -23,7 +24,8 @@ from collie_core.engine.curvature import drawn_labels
 from collie_core.engine.step import Curvature, LossFn, Step, TorchStep, TrainFn, autocast, token_mean_loss
 from collie_core.errors import MISSING, ConfigError, PluginError, Problem
 from collie_core.hookspecs import CurvatureOptimizer, FusedOptimizer, OptimizerCan
-from collie_core.model.build import check_length, compute_dtype, load_pretrained, parameter_counts
+from collie_core.model.adapters import attach as attach_adapter
+from collie_core.model.build import check_length, compute_dtype, load_adapter, load_pretrained, parameter_counts
 from collie_core.model.dropout import install as install_dropout
 from collie_core.model.stages import borrow_head, lend_head
 from collie_core.optimizers.build import parameter_groups, schedule
@@ -32,6 +34,7 @@ from collie_core.topology import Topology
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from collie_core.config.base import AdapterConfig
     from collie_core.config.run import RunConfig
     from collie_core.engine.zero3 import Zero3Store
 
@@ -107,8 +110,19 @@ class Parts:
         if section.gradient_checkpointing == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if adapter is not None:
-            model = self.registry.build("adapter", adapter.type, model=model, config=adapter)
+            return self._adapted(model, adapter)
         return cast(nn.Module, model)
+
+    def _adapted(self, model: nn.Module, section: AdapterConfig) -> nn.Module:
+        """The model with a new adapter on it, or with the one to go on from."""
+        if section.adapter_name_or_path is not None:
+            return load_adapter(model, Path(section.adapter_name_or_path), self.registry, self.topology)
+
+        def put_on(model: nn.Module) -> nn.Module:
+            return cast(nn.Module, self.registry.build("adapter", section.type, model=model, config=section))
+
+        adapter = self.registry.load("adapter", section.type)
+        return attach_adapter(model, adapter, put_on, self.topology, seed=self.config.train.seed)
 
     def _weights_dtype(self) -> torch.dtype:
         """Float32, except for an optimizer that keeps no float32 weights beside those of the run's precision."""

@@ -66,6 +66,7 @@ CATALOGUE = {
     ("optimizer", "lomo"): "collie-optim",
     ("optimizer", "muon"): "collie-optim",
     ("optimizer", "sophia"): "collie-optim",
+    ("adapter", "ia3"): "collie-peft",
     ("adapter", "lora"): "collie-peft",
 }
 
@@ -568,14 +569,15 @@ def _config_model(entry: Entry, component: Component) -> type[ComponentConfig]:
 
 
 def _bare_config(entry: Entry) -> type[ComponentConfig]:
-    """The fields that every plugin of the kind has: `type`, and for an optimizer `lr` and `weight_decay`."""
+    """The fields that every plugin of the kind has, `type` among them."""
     from typing import Literal
 
     from pydantic import create_model
 
-    from collie_core.config.base import ComponentConfig, OptimizerConfig
+    from collie_core.config.base import AdapterConfig, ComponentConfig, OptimizerConfig
 
-    base = OptimizerConfig if entry.kind == "optimizer" else ComponentConfig
+    bases: dict[str, type[ComponentConfig]] = {"optimizer": OptimizerConfig, "adapter": AdapterConfig}
+    base = bases.get(entry.kind, ComponentConfig)
     tag: Any = Literal[entry.name]
     title = entry.name.title().replace("-", "") + "Config"
     return create_model(title, __base__=base, type=(tag, entry.name))

@@ -119,7 +119,7 @@ def test_an_optimizer_whose_config_has_no_learning_rate(install: Any) -> None:
 
 
 def test_an_adapter_needs_no_learning_rate(install: Any) -> None:
-    _install(install, "collie-swift", base="ComponentConfig", kind="adapter")
+    _install(install, "collie-swift", base="AdapterConfig", kind="adapter")
     config = _config(adapter={"type": "ada-swift", "layers": ["a"]})
     assert config.adapter is not None
     assert config.adapter.model_dump()["layers"] == ["a"]

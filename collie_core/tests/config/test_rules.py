@@ -39,10 +39,25 @@ BREAKS: dict[str, dict[str, Any]] = {
     "parallel.zero_stage fuses_backward": {"parallel": {"zero_stage": 2}},
     "parallel.offload_optimizer fuses_backward": {"parallel": {"zero_stage": 3, "offload_optimizer": True}},
     "parallel.zero_stage whole_tensors": {"parallel": {"zero_stage": 1}},
+    "adapter.type": {"adapter": {"type": "special", "shy": True}},
+    "adapter.adapter_name_or_path": {"adapter": {"type": "special", "adapter_name_or_path": "a", "shy": False}},
 }
 SPECIAL = """
 from collie_core.api import Component, OptimizerCan
 SPECIAL = Component(build="nowhere:Special", can=OptimizerCan({capability}=True))
+"""
+SHY = """
+from typing import Literal
+from collie_core.api import AdapterConfig, Component
+
+class Config(AdapterConfig):
+    type: Literal["special"] = "special"
+    shy: bool = False
+
+    def refused(self, parallel):
+        return "it is shy" if self.shy and parallel.copy_size == 1 else ""
+
+SPECIAL = Component(build="nowhere:Special", config="shy_pack:Config")
 """
 
 
@@ -65,12 +80,16 @@ def test_each_rule_refuses_its_combination_alone(rule: Any, tmp_path: Path, inst
         files = {"special_pack.py": SPECIAL.format(capability=capability)}
         install("collie-special", groups={"collie.optimizer": {"special": "special_pack:SPECIAL"}}, files=files)
         sections["optimizer"] = {"type": "special", "lr": 1.0}
+    if "adapter" in sections:
+        groups = {"collie.adapter": {"special": "shy_pack:SPECIAL"}}
+        install("collie-shy", groups=groups, files={"shy_pack.py": SHY})
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(sections))
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_yaml(path, complete=True)
     (problem,) = caught.value.problems
-    assert (problem.key, problem.rule, problem.hint) == (rule.key, rule.why, rule.fix)
+    why = "it is shy" if rule.key == "adapter.type" else rule.why
+    assert (problem.key, problem.rule, problem.hint) == (rule.key, why, rule.fix)
     assert problem.origin.startswith(str(path))
     if rule.part:
         RunConfig(**sections)  # a program may still hand it in

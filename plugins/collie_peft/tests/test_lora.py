@@ -37,7 +37,7 @@ def tiny() -> LlamaForCausalLM:
     )
 
 
-def attach(**options: Any) -> peft.PeftModel:
+def attach(**options: Any) -> Any:
     return LoraAdapter().attach(tiny(), LoraConfig.model_validate({"type": "lora", **options}))
 
 
@@ -46,11 +46,17 @@ def logits(model: Any) -> torch.Tensor:
         return model(torch.arange(8)[None]).logits  # type: ignore[no-any-return]
 
 
-def adapted(model: peft.PeftModel) -> set[str]:
+def save(model: Any, path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    state = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    LoraAdapter().save(model, path, state)
+
+
+def adapted(model: Any) -> set[str]:
     return {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_A" in name}
 
 
-def train(model: peft.PeftModel, steps: int = 3) -> None:
+def train(model: Any, steps: int = 3) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ids = torch.arange(8)[None]
     for _ in range(steps):
@@ -71,7 +77,7 @@ def test_component_is_light_and_points_at_the_adapter() -> None:
 def test_fields_have_the_names_and_defaults_of_peft() -> None:
     theirs = {field.name: field for field in fields(peft.LoraConfig)}
     for name, field in LoraConfig.model_fields.items():
-        if name == "type":
+        if name in ("type", "adapter_name_or_path"):
             continue
         factory, default = theirs[name].default_factory, theirs[name].default
         assert field.default == (default if factory is MISSING else factory())
@@ -123,7 +129,7 @@ def test_saved_adapter_loads_onto_the_plain_model(tmp_path: Path, options: dict[
     model = attach(**({"target_modules": "all-linear", "r": 4} | options))
     train(model)
     model.eval()
-    LoraAdapter().save(model, tmp_path / "adapter")
+    save(model, tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (written["peft_type"], written["task_type"], written["r"]) == ("LORA", "CAUSAL_LM", 4)
@@ -173,17 +179,23 @@ def test_wrong_values_are_refused_by_name(field: str, value: object) -> None:
     assert {error["loc"][0] for error in caught.value.errors()} == {field}
 
 
-def test_load_puts_a_saved_adapter_back_and_refuses_another_model(tmp_path: Path) -> None:
+def test_load_puts_a_saved_adapter_back_and_refuses_torn_files(tmp_path: Path) -> None:
     model = attach(target_modules=["q_proj", "v_proj"])
     train(model)
-    LoraAdapter().save(model, tmp_path)
+    save(model, tmp_path)
     loaded = LoraAdapter().load(tiny(), tmp_path)
+    state = LoraAdapter().state(tmp_path)
+    assert state.keys() == {name for name, value in loaded.named_parameters() if value.requires_grad}
+    loaded.load_state_dict(dict(state), strict=False)
     torch.testing.assert_close(logits(loaded.eval()), logits(model.eval()))
-    wider = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
-    with pytest.raises(ModelError, match="does not fit"):
-        LoraAdapter().load(wider, tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
+        LoraAdapter().state(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        LoraAdapter().state(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"adapter_config\.json cannot be read"):
         LoraAdapter().load(tiny(), tmp_path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,9 @@ from pydantic import (
     field_validator,
 )
 from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from collie_core.config.parallel import ParallelConfig
 
 LARGEST = 2**63 - 1  # what torch, numpy and a C long hold
 
@@ -98,6 +101,18 @@ class ComponentConfig(ConfigModel):
     for_the_core: ClassVar[frozenset[str]] = frozenset({"type"})  # fields that are not handed to the plugin
 
     type: str = Field(description="The name of the plugin.")
+
+
+class AdapterConfig(ComponentConfig):
+    """The section of an adapter."""
+
+    adapter_name_or_path: str | None = Field(
+        None, description="A saved adapter to go on from. It brings its own options, so none is written beside it."
+    )
+
+    def refused(self, parallel: ParallelConfig) -> str:
+        """Why this adapter cannot be trained with these sizes; "" when it can. For plugins to override."""
+        return ""
 
 
 class ParamGroup(ConfigModel):

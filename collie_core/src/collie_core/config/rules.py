@@ -80,6 +80,13 @@ def _with_fused(rule: Rule) -> Rule:
     )
 
 
+PLUGIN_REFUSES = Rule(
+    "adapter.type",
+    "an `adapter:` whose plugin refuses the `parallel:` sizes",
+    "the plugin says why",
+    "",
+    lambda config: config.adapter is not None and bool(config.adapter.refused(config.parallel)),
+)
 RULES = (
     Rule(
         "model.model_name_or_path",
@@ -113,12 +120,17 @@ RULES = (
         "Set parallel.zero_stage to 2 or less; the stages have taken the parameters apart already.",
         lambda config: config.parallel.zero_stage == 3 and config.parallel.pipeline_parallel_size > 1,
     ),
+    PLUGIN_REFUSES,
     Rule(
-        "adapter",
-        "an `adapter:` with tensor or pipeline parallelism",
-        "adapters are not shared by the ranks of one copy of the model in this version",
-        "Set parallel.tensor_parallel_size and parallel.pipeline_parallel_size to 1; zero_stage 3 shares the base.",
-        lambda config: config.adapter is not None and config.parallel.copy_size > 1,
+        "adapter.adapter_name_or_path",
+        "`adapter.adapter_name_or_path` with other options of the adapter",
+        "a saved adapter brings its own options",
+        "Keep `type` and `adapter_name_or_path` alone.",
+        lambda config: (
+            config.adapter is not None
+            and config.adapter.adapter_name_or_path is not None
+            and bool(config.adapter.model_fields_set - {"type", "adapter_name_or_path"})
+        ),
     ),
     Rule(
         "parallel.offload_optimizer",
@@ -283,7 +295,10 @@ def require_parts(config: RunConfig, *, model: bool, train_data: bool) -> None:
 
 
 def _problem(config: RunConfig, rule: Rule) -> Problem:
-    return Problem(rule.key, rule.why, value(config, rule.key), rule.fix)
+    why = rule.why
+    if rule is PLUGIN_REFUSES and config.adapter is not None:
+        why = config.adapter.refused(config.parallel)
+    return Problem(rule.key, why, value(config, rule.key), rule.fix)
 
 
 def value(config: RunConfig, key: str) -> object:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from collie_core.config import aliases, problems, rules
-from collie_core.config.base import ComponentConfig, ConfigModel, OptimizerConfig, PlainMapping
+from collie_core.config.base import AdapterConfig, ConfigModel, OptimizerConfig, PlainMapping
 from collie_core.config.batch import BatchSizes, batch_sizes
 from collie_core.config.component import OfKind
 from collie_core.config.data import DataConfig
@@ -69,7 +69,7 @@ class RunConfig(ConfigModel):
         LRSchedulerConfig,
         BeforeValidator(_typed, json_schema_input_type=Literal["constant", "linear", "cosine"] | LRSchedulerConfig),
     ] = Field(LRSchedulerConfig(), description="The learning rate over the run.")
-    adapter: Annotated[ComponentConfig, OfKind("adapter")] | None = Field(
+    adapter: Annotated[AdapterConfig, OfKind("adapter")] | None = Field(
         None, description="Train a few added parameters instead of all: `type`, and the adapter's own fields."
     )
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="When and how the model is measured.")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from collie_core.engine.norms import counts_here, norm_of_model
 from collie_core.engine.pipeline import Backward, one_forward_one_backward
 from collie_core.errors import RunError
+from collie_core.model.adapters import UNUSED
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
 from collie_core.model.stages import (
     embedding_weight,
@@ -147,7 +148,10 @@ def stage_forward(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:
         del inputs["input_ids"]
         inputs["inputs_embeds"] = hidden
     with own_part(model):
-        return model(**inputs, use_cache=False)
+        outputs = model(**inputs, use_cache=False)
+    if (unused := getattr(model, UNUSED, None)) is not None:  # for a stage without anything to train to have a backward
+        outputs.logits = outputs.logits + 0.0 * unused.to(outputs.logits.dtype)
+    return outputs
 
 
 def run_micro_batches(

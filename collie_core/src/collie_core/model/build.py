@@ -195,7 +195,7 @@ def load_pretrained(
     if saved is not None:
         section = section.model_copy(update={"model_name_or_path": saved.base})
     model = new_model(section, registry, tokenizer, dtype, topology=topology, parallel=parallel, store=store)
-    return model if saved is None else cast(nn.Module, registry.load("adapter", saved.type).load(model, folder))
+    return model if saved is None else load_adapter(model, folder, registry, topology)
 
 
 class SavedAdapter(NamedTuple):
@@ -203,12 +203,39 @@ class SavedAdapter(NamedTuple):
 
     type: str  # the plugin's name
     base: str  # folder or hub id of the model it sits on
+    base_fingerprint: str = ""  # of its weights; "" where peft wrote the folder
 
 
 def describe_adapter(folder: Path, type: str, base: str) -> None:
     """Write down which plugin reads the adapter in `folder`, and its base model (a local one by its full path)."""
+    fingerprint = Checkpoint.open(base).fingerprint() if base else ""
     base = str(Path(base).resolve()) if Path(base).exists() else base
-    (folder / ADAPTER).write_text(json.dumps({"type": type, "base": base}, indent=2) + "\n")
+    saved = SavedAdapter(type, base, fingerprint)
+    (folder / ADAPTER).write_text(json.dumps(saved._asdict(), indent=2) + "\n")
+
+
+def load_adapter(model: nn.Module, folder: Path, registry: Plugins, topology: Topology) -> nn.Module:
+    """`model`, or this rank's part of one, with the adapter in `folder` on it. Collective.
+
+    Raises:
+        ModelError: the folder holds none, or one of another base model; a value is missing, misshapen or not finite.
+        PluginError: no installed plugin reads it.
+    """
+    from collie_core.model.adapters import attach, fill
+
+    saved = _saved_adapter(folder)
+    if saved is None:
+        raise ModelError(f"{folder} holds no adapter: neither {ADAPTER} nor {PEFT_ADAPTER} is there")
+    config: Any = model.config
+    base = str(config.name_or_path or "")
+    if saved.base_fingerprint and base and saved.base_fingerprint != Checkpoint.open(base).fingerprint():
+        raise ModelError(
+            f"the adapter in {folder} was trained on other weights than those of {base}: on {saved.base} as it was then"
+        )
+    adapter = registry.load("adapter", saved.type)
+    model = attach(model, adapter, lambda part: adapter.load(part, folder), topology, seed=0)
+    fill(model, adapter.state(folder), str(folder))
+    return model
 
 
 def _saved_adapter(folder: Path) -> SavedAdapter | None:
@@ -246,13 +273,18 @@ def new_model(
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """All and trainable parameters of the whole model, shared ones counted once."""
-    part = part_of(model)
+    from collie_core.model.adapters import adapter_of
+
+    part, adapter = part_of(model), adapter_of(model)
     if part is None or part.topology.model.size == 1:
         # ZeRO-3 leaves an empty tensor behind that knows how long it was.
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
     placements = part.partition.placements
     total = sum(math.prod(placement.shape) for placement in placements.values() if not placement.tied_to)
+    if adapter is not None:
+        added = sum(math.prod(placement.shape) for placement in adapter.placements.values())
+        return total + added, added
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     return total, total - sum(math.prod(placements[name].shape) for name in frozen)
 

@@ -166,7 +166,7 @@ def _cut_parameters(model: nn.Module, partition: Partition, axis: Axis) -> None:
             done[whole] = _cut(name, whole, rule, axis)
         module = model.get_submodule(path)
         module._parameters[leaf] = done[whole]
-        _note(module, axis, rules={leaf: rule}, partial={leaf: rule.copies} if rule.copies > 1 else {})
+        note(module, axis, rules={leaf: rule}, partial={leaf: rule.copies} if rule.copies > 1 else {})
 
 
 def _cut(name: str, whole: nn.Parameter, rule: Rule, axis: Axis) -> nn.Parameter:
@@ -182,7 +182,7 @@ def _cut(name: str, whole: nn.Parameter, rule: Rule, axis: Axis) -> nn.Parameter
     return parameter
 
 
-def _note(module: nn.Module, axis: Axis, *, rules: Mapping[str, Rule], partial: Mapping[str, int]) -> Shard:
+def note(module: nn.Module, axis: Axis, *, rules: Mapping[str, Rule], partial: Mapping[str, int]) -> Shard:
     """Add to what stands on a module about its parameters."""
     known = shard_of(module) or Shard(axis, {}, {})
     facts = Shard(axis, {**known.rules, **rules}, {**known.partial, **partial})
@@ -219,7 +219,7 @@ def _apply_style(name: str, module: nn.Module, style: str, axis: Axis, *, is_hea
     elif kind == "moe_tp_experts":
         _make_experts(name, module)
     elif kind == "replicated_with_grad_allreduce":
-        _note(module, axis, rules={}, partial=dict.fromkeys(dict(module.named_parameters(recurse=False)), axis.size))
+        note(module, axis, rules={}, partial=dict.fromkeys(dict(module.named_parameters(recurse=False)), axis.size))
     elif kind not in PASSIVE:
         raise ModelError(
             f"{name} has the tensor-parallel style {style!r}, which is not supported; "

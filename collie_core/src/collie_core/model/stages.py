@@ -83,6 +83,11 @@ def stage_of(model: nn.Module) -> Stage | None:
     return cast("Stage | None", getattr(model, "collie_stage", None))
 
 
+def is_stage(model: nn.Module) -> bool:
+    """Whether a model is one of several pipeline stages, which lacks the modules of the others."""
+    return stage_of(model) is not None
+
+
 def cut(model: PreTrainedModel, partition: Partition, family: ModelFamily, topology: Topology) -> None:
     """Keep what this rank's stage owns, in place; stubs take the place of everything else."""
     axis, base = topology.pp, model.base_model
@@ -160,7 +165,7 @@ def lend_head(model: nn.Module) -> None:
     shape, device = _weight(model, stage.head).shape, next(model.parameters()).device
     received = torch.empty(shape, dtype=wire_dtype(model), device=device)
     dist.recv(received, stage.axis.ranks[0])
-    model.get_submodule(stage.head)._buffers["weight"] = received.requires_grad_()
+    _stage_model(model).get_submodule(stage.head)._buffers["weight"] = received.requires_grad_()
 
 
 def return_head_gradient(model: nn.Module) -> None:
@@ -192,7 +197,12 @@ def embedding_weight(model: nn.Module) -> Tensor:
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:
-    return cast(Tensor, model.get_submodule(module).weight)
+    return cast(Tensor, _stage_model(model).get_submodule(module).weight)
+
+
+def _stage_model(model: nn.Module) -> nn.Module:
+    """The stage itself, inside the wrapper of an adapter."""
+    return next(module for module in model.modules() if "collie_stage" in vars(module))
 
 
 # -- the forward of a stage ---------------------------------------------------------------------------------------

@@ -209,7 +209,20 @@ def whole_tensors(
 
     Collective: every rank goes through all of it. A value may be a view, good until the next one is asked for.
     """
-    yield from _stream(model, part, gathered, _inventory(model, part))
+    placements, topology = part.partition.placements, part.topology
+    yield from _stream(_named_tensors(model), placements, topology, gathered, _inventory(model, part))
+
+
+def stream(
+    held: Mapping[str, Tensor], placements: Mapping[str, Placement], topology: Topology, gathered: Gathered
+) -> Iterator[tuple[str, Tensor | None]]:
+    """The same for tensors that were added to a model: `held` are those of this rank, `placements` all there are."""
+    mine: dict[str, tuple[int, Kind]] = {}
+    if topology.dp.rank == topology.tp.rank == 0:
+        mine = {name: (topology.pp.rank, Kind(placements[name].shape, held[name].dtype)) for name in held}
+    everyone = {name: found for stage in topology.gather_objects(mine) for name, found in stage.items()}
+    inventory = {name: everyone[name] for name in placements}
+    yield from _stream(held, placements, topology, gathered, inventory)
 
 
 def save(
@@ -237,7 +250,8 @@ def save(
             files = TensorFolder(folder, _kinds(part, inventory, dtypes), max_shard_bytes)
         except OSError as error:
             failure = error
-    for name, value in _stream(model, part, gathered, inventory):
+    stream_of_all = _stream(_named_tensors(model), part.partition.placements, part.topology, gathered, inventory)
+    for name, value in stream_of_all:
         if value is None or files is None or failure is not None:
             continue  # after a failure too: the other ranks wait in the next gather
         try:
@@ -287,15 +301,18 @@ def _kinds(part: Part, inventory: Mapping[str, tuple[int, Kind]], dtypes: Dtypes
 
 
 def _stream(
-    model: nn.Module, part: Part, gathered: Gathered, inventory: Mapping[str, tuple[int, Kind]]
+    held: Mapping[str, Tensor],
+    placements: Mapping[str, Placement],
+    topology: Topology,
+    gathered: Gathered,
+    inventory: Mapping[str, tuple[int, Kind]],
 ) -> Iterator[tuple[str, Tensor | None]]:
-    topology, held = part.topology, _named_tensors(model)
     for name, (stage, kind) in inventory.items():
         tensor = held.get(name) if topology.pp.rank == stage else None
         with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
             value = None
             if tensor is not None and topology.dp.rank == 0:
-                value = _joined(tensor.detach(), part.partition.placements.get(name), topology.tp)
+                value = _joined(tensor.detach(), placements.get(name), topology.tp)
             if topology.dp.rank == topology.tp.rank == 0:
                 value = _sent_to_first(value, stage, kind, topology)
             yield name, value if topology.is_main else None

@@ -2,10 +2,15 @@
 
 from collie_core.api import Component
 
+IA3 = Component(
+    build="collie_peft.ia3:Ia3Adapter",
+    config="collie_peft.ia3_config:Ia3Config",
+    summary="learned factors on outputs or inputs of layers, through peft (arXiv 2205.05638)",
+)
 LORA = Component(
     build="collie_peft.lora:LoraAdapter",
     config="collie_peft.lora_config:LoraConfig",
     summary="low-rank adaptation through peft (arXiv 2106.09685), with rsLoRA and DoRA",
 )
 
-__all__ = ["LORA"]
+__all__ = ["IA3", "LORA"]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveInt
 
-from collie_core.api import ComponentConfig
+from collie_core.api import AdapterConfig
+
+if TYPE_CHECKING:
+    from collie_core.api import ParallelConfig
 
 Initialisation = Literal["gaussian", "orthogonal", "pissa", "olora"]
 """The initialisations that need no data and no second model."""
 
 
-class LoraConfig(ComponentConfig):
+class LoraConfig(AdapterConfig):
     """Low-rank adaptation (Hu et al. 2021): W x + (lora_alpha / r) B A x, where only A and B are trained."""
 
     type: Literal["lora"] = "lora"
@@ -46,3 +49,13 @@ class LoraConfig(ComponentConfig):
     alpha_pattern: dict[str, PositiveInt] = Field(
         {}, description="Other scales: name or regular expression to lora_alpha."
     )
+
+    def refused(self, parallel: ParallelConfig) -> str:
+        """See `AdapterConfig`: what is computed from whole layers' weights."""
+        whole = "use_dora" if self.use_dora else f"init_lora_weights={self.init_lora_weights}"
+        if parallel.copy_size == 1 or not (self.use_dora or self.init_lora_weights in ("pissa", "olora")):
+            return ""
+        return (
+            f"{whole} is computed from the weights of whole layers, which the ranks of one copy of the model share; "
+            "set tensor_parallel_size and pipeline_parallel_size to 1, or leave it out"
+        )

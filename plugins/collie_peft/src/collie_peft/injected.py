@@ -1,0 +1,144 @@
+"""What the methods share that peft puts into a model layer by layer; peft does the work, in this rank's part of it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import peft
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from collie_core.api import AdapterConfig, ModelError, is_stage
+
+ALL_LINEAR = "all-linear"
+NAME = "default"  # of the adapter in the model, as peft has it
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # of names in peft's files
+
+
+class InjectedAdapter:
+    """Puts peft's layers around those of a model; the model stays the object that it is."""
+
+    config_class: ClassVar[type[Any]]  # of peft
+
+    def attach(self, model: nn.Module, config: AdapterConfig) -> nn.Module:
+        """Put the adapter around the target layers and freeze the rest.
+
+        Raises:
+            ModelError: a name of a module matches nothing, or peft refuses the combination.
+        """
+        options = config.model_dump(exclude={"type", "adapter_name_or_path"})
+        for key in ("target_modules", "feedforward_modules", "modules_to_save"):
+            if not is_stage(model):
+                check_names(model, key, options.get(key))
+        return self._inject(model, self.config_class(task_type=peft.TaskType.CAUSAL_LM, **options))
+
+    def save(self, model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
+        """Write adapter_model.safetensors and adapter_config.json, for `PeftModel.from_pretrained`."""
+        config: Any = model.peft_config[NAME]  # type: ignore[index]
+        config.base_model_name_or_path = str(getattr(model.config, "name_or_path", "") or "") or None
+        save_file({_file_key(name): value for name, value in state.items()}, path / WEIGHTS, metadata={"format": "pt"})
+        before, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(path))
+        config.inference_mode = before
+
+    def load(self, model: nn.Module, path: Path) -> nn.Module:
+        """Put on an adapter like the one in `path`.
+
+        Raises:
+            ModelError: its configuration cannot be read, or peft refuses it for this model.
+        """
+        config = _read_config(path)
+        if not isinstance(config, self.config_class):
+            raise ModelError(f"{path / CONFIG} cannot be read: it describes no {self.config_class.__name__} of peft")
+        config.inference_mode = False
+        return self._inject(model, config)
+
+    def state(self, path: Path) -> Mapping[str, Tensor]:
+        """The values of the adapter in `path` by the names that its parameters have in a model.
+
+        Raises:
+            ModelError: they are no safetensors, or torn.
+        """
+        if not (path / WEIGHTS).is_file():
+            raise ModelError(f"{path} holds no {WEIGHTS}")
+        try:
+            tensors = load_file(path / WEIGHTS)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path / WEIGHTS} cannot be read: {error}") from error
+        saved = getattr(_read_config(path), "modules_to_save", None) or ()
+        return {_parameter_name(key, saved): value for key, value in tensors.items()}
+
+    def _inject(self, model: nn.Module, config: Any) -> nn.Module:
+        if is_stage(model) and config.modules_to_save:
+            names = [name for name, _ in model.named_modules()]
+            config.modules_to_save = [end for end in config.modules_to_save if _matches(end, names)] or None
+        try:
+            peft.inject_adapter_in_model(config, model, adapter_name=NAME)
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"adapter: {error}") from error
+        return model
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return peft.PeftConfig.from_pretrained(str(path))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ModelError(f"{path / CONFIG} cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def _file_key(name: str) -> str:
+    """A parameter's name in peft's files."""
+    name = name.replace(f".modules_to_save.{NAME}.", ".").replace(f".lora_magnitude_vector.{NAME}.weight", "{}")
+    name = name.replace("{}", ".lora_magnitude_vector").replace(f".{NAME}.", ".")
+    return PREFIX + name.removesuffix(f".{NAME}")
+
+
+def _parameter_name(key: str, modules_to_save: Any) -> str:
+    """The other way round."""
+    name = key.removeprefix(PREFIX)
+    if name.endswith(".lora_magnitude_vector"):
+        return f"{name}.{NAME}.weight"
+    module, _, leaf = name.rpartition(".")
+    if leaf.startswith("ia3_l"):
+        return f"{name}.{NAME}"
+    if ".lora_" in name:
+        return f"{module}.{NAME}.{leaf}"
+    if any(_matches(end, [module]) for end in modules_to_save):
+        return f"{module}.modules_to_save.{NAME}.{leaf}"
+    return name  # a bias of the model itself
+
+
+def _matches(ending: str, names: list[str]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for name in names)
+
+
+def check_names(model: nn.Module, key: str, wanted: list[str] | str | None) -> None:
+    """peft complains only when no name at all matches; a single wrong one would train too little.
+
+    Raises:
+        ModelError: a name of `adapter.<key>` matches no module.
+    """
+    if wanted is None or wanted == ALL_LINEAR:
+        return
+    names = [name for name, _ in model.named_modules() if name]
+    if isinstance(wanted, str):
+        if not any(re.fullmatch(wanted, name) for name in names):
+            raise ModelError(f"adapter.{key}={wanted!r} matches no module of the model as a whole name")
+        return
+    for ending in wanted:
+        if not _matches(ending, names):
+            raise ModelError(f"adapter.{key}: the model has no module {ending!r}{_nearest(ending, names)}")
+
+
+def _nearest(ending: str, names: list[str]) -> str:
+    known = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+    near = difflib.get_close_matches(ending, known, n=3)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; it has {', '.join(known)}"

@@ -1,0 +1,415 @@
+"""Adapters on every topology against peft's own model in a plain torch loop: losses, files, and what is left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import reference, write_family
+from plain import PlainRun
+from safetensors.torch import load_file, save_file
+from topologies import sizes_of, world_size_of
+
+from collie_core.api import CollieError, RunConfig, Trainer
+
+STEPS, BATCH, SEED = 8, 8, 7
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": LINEAR},
+    "ia3": {
+        "type": "ia3",
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+}
+PEFT: dict[str, type[Any]] = {"lora": peft.LoraConfig, "ia3": peft.IA3Config}
+FAMILIES = ["llama_tied", "internlm2"]
+TOPOLOGIES = ["dp1", "tp2", "pp2", "tp2pp2", "tp4", "dp2zero3", "tp2dp2", "dp2zero1"]
+
+
+class Record:
+    """Keeps loss and gradient norm of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def collie_after_step(self, loss: torch.Tensor) -> None:
+        self.losses.append(loss.item())
+
+    def collie_metrics(self, values: Any) -> None:
+        self.norms.append(values["grad_norm"])
+
+
+def train(
+    topology: str, adapter: dict[str, Any], model: Path, data: Path, output: Path, changes: dict[str, Any]
+) -> Any:
+    """This rank's losses and norms."""
+    sizes = sizes_of(topology)
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"model_name_or_path": str(model)},
+        "data": {"train": str(data), "max_length": 256, "cache_dir": str(output / "cache")},
+        "parallel": {
+            "tensor_parallel_size": sizes["tp"],
+            "pipeline_parallel_size": sizes["pp"],
+            "zero_stage": sizes["zero"],
+        },
+        "train": {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": BATCH // 2 // sizes["dp"],
+            "gradient_accumulation_steps": 2,
+            "seed": SEED,
+            "output_dir": str(output / "run"),
+            "overwrite_output_dir": True,
+        },
+        "optimizer": {"type": "adamw", "lr": 1e-2, "weight_decay": 0.01},
+        "lr_scheduler": {"type": "cosine", "warmup_ratio": 0.1},
+        "adapter": adapter,
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    record = Record()
+    Trainer(RunConfig(**sections), callbacks=[record], observers=()).train()
+    return record.losses, record.norms
+
+
+def train_all(topology: str, runs: list[tuple[str, str]], folder: Path, data: Path, output: Path, changes: Any) -> Any:
+    """One rank's numbers of every (family, method)."""
+    return {
+        (family, method): train(topology, METHODS[method], folder / family, data, output / family / method, changes)
+        for family, method in runs
+    }
+
+
+RUNS = [(family, method) for family in FAMILIES for method in METHODS]
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random checkpoint of each family."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in FAMILIES:
+        write_family(folder / name, name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(families: Path, instructions: Path) -> dict[tuple[str, str], tuple[PlainRun, torch.Tensor]]:
+    """The same in peft and plain torch: what came out, and logits at the end."""
+    found = {}
+    for family, method in RUNS:
+        model = peft_model(reference(families / family, family), method)
+        run = PlainRun(steps=STEPS, batch=BATCH, lr=1e-2).train(model, families / family, instructions)
+        found[family, method] = (run, logits(model))
+    return found
+
+
+def peft_model(base: Any, method: str) -> Any:
+    torch.manual_seed(SEED)
+    options = {key: value for key, value in METHODS[method].items() if key != "type"}
+    return peft.get_peft_model(base, PEFT[method](task_type="CAUSAL_LM", **options))
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(torch.arange(40)[None]).logits
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))).hexdigest()
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    assert len(first) == len(second) == STEPS
+    return max(abs(one - other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_topology_trains_an_adapter_as_peft_does(
+    topology: str, zygote: Any, families: Path, plain: Any, instructions: Path, tmp_path: Path
+) -> None:
+    before = {family: digest(families / family) for family in FAMILIES}
+    ranks = zygote.run(
+        __file__,
+        "train_all",
+        world_size=world_size_of(topology),
+        args=(topology, RUNS, families, instructions, tmp_path, {}),
+        limit_s=400,
+    )
+    for key in RUNS:
+        family, method = key
+        run, expected = plain[key]
+        losses, norms = ranks[0][key]
+        assert all(rank[key][0] == losses for rank in ranks), key
+        assert losses[-1] < losses[0]
+        assert largest_difference(losses, run.losses) <= 1e-5, key
+        assert largest_difference(norms, run.norms) <= 1e-5 * max(1.0, *run.norms), key
+        saved = tmp_path / family / method / "run" / "model"
+        loaded = peft.PeftModel.from_pretrained(reference(families / family, family), str(saved))
+        torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-4)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+    assert before == {family: digest(families / family) for family in FAMILIES}
+
+
+# -- with everything else -------------------------------------------------------------------------------------------
+
+LORA = METHODS["lora"]
+
+
+def run_one(
+    zygote: Any, topology: str, adapter: dict[str, Any], *args: Any, changes: dict[str, Any] | None = None
+) -> tuple[list[float], list[float]]:
+    """What the first rank sees; all see the same losses."""
+    ranks = zygote.run(
+        __file__,
+        "train",
+        world_size=world_size_of(topology),
+        args=(topology, adapter, *args, changes or {}),
+        limit_s=300,
+    )
+    assert all(losses == ranks[0][0] for losses, _ in ranks)
+    first: tuple[list[float], list[float]] = ranks[0]
+    return first
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("topology", "adapter", "changes"),
+    [
+        ("tp2", {}, {"parallel.sequence_parallel": True}),
+        ("tp2pp2", {"lora_dropout": 0.2}, {"model.gradient_checkpointing": "full"}),
+        ("tp2", {"modules_to_save": ["lm_head"]}, {}),
+        ("pp2", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, {}),
+        ("pp2", {"layers_to_transform": [0]}, {}),  # nothing to train on the second stage
+        ("pp2dp2zero1", {"layers_to_transform": [3]}, {}),  # nor on the first
+        ("tp2pp2", {"target_modules": r".*\.(up|down)_proj", "use_rslora": True, "bias": "lora_only"}, {}),
+        ("tp2", {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2}}, {"data.packing": True}),
+        ("dp2zero2", {"use_dora": True}, {}),
+        ("dp2zero3", {}, {"parallel.offload_param": True, "parallel.offload_optimizer": True}),
+        ("tp2dp2zero3", {}, {"optimizer": {"type": "sophia", "lr": 1e-3, "hessian_interval": 3}}),
+        ("tp2", {}, {"optimizer": {"type": "muon", "lr": 1e-2}}),
+        ("tp2dp2", {}, {"optimizer": {"type": "adalomo", "lr": 1e-2}, "train.gradient_accumulation_steps": 1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value) or "-",
+)
+def test_options_are_the_same_on_every_topology(
+    topology: str, adapter: Any, changes: Any, zygote: Any, families: Path, instructions: Path, tmp_path: Path
+) -> None:
+    changes = {**changes}
+    optimizer = changes.pop("optimizer", None)
+    if optimizer is not None:
+        changes |= {"optimizer.weight_decay": 0.0} | {f"optimizer.{key}": value for key, value in optimizer.items()}
+    alone = {key: value for key, value in changes.items() if not key.startswith("parallel.")}
+    if "train.gradient_accumulation_steps" in changes:  # the same global batch
+        changes["train.per_device_train_batch_size"] = BATCH // sizes_of(topology)["dp"]
+        alone["train.per_device_train_batch_size"] = BATCH
+    chosen = {**LORA, **adapter}
+    if "layers_to_transform" in adapter or "modules_to_save" in adapter:
+        chosen["target_modules"] = adapter.get("target_modules", ["q_proj", "up_proj"])
+    family = families / "internlm2"  # untied
+    expected, expected_norms = run_one(zygote, "dp1", chosen, family, instructions, tmp_path / "one", changes=alone)
+    losses, norms = run_one(zygote, topology, chosen, family, instructions, tmp_path / "many", changes=changes)
+    assert min(losses[-3:]) < losses[0]
+    assert largest_difference(losses, expected) <= 1e-5
+    assert largest_difference(norms, expected_norms) <= 1e-4 * max(1.0, *expected_norms)
+    one, many = (saved_tensors(tmp_path / name) for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(many[name], value, rtol=0, atol=2e-3, msg=name)
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "run" / "model" / "adapter_model.safetensors")
+
+
+# -- going on, and using it -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_goes_on_on_another_topology_and_from_peft(
+    zygote: Any, families: Path, instructions: Path, tmp_path: Path
+) -> None:
+    family = families / "internlm2"
+    run_one(zygote, "tp2pp2", LORA, family, instructions, tmp_path / "first")
+    saved = tmp_path / "first" / "run" / "model"
+    model = peft.PeftModel.from_pretrained(reference(family, "internlm2"), str(saved), is_trainable=True)
+    peft_saved = tmp_path / "by-peft"
+    model.save_pretrained(str(peft_saved))
+    assert not (peft_saved / "collie_adapter.json").exists()
+    expected = PlainRun(steps=STEPS, batch=BATCH, lr=1e-2).train(model, family, instructions).losses
+    for number, (topology, start) in enumerate([("dp1", saved), ("dp2zero3", saved), ("tp2", peft_saved)]):
+        adapter = {"type": "lora", "adapter_name_or_path": str(start)}
+        losses, _ = run_one(zygote, topology, adapter, family, instructions, tmp_path / str(number))
+        assert largest_difference(losses, expected) <= 1e-5, topology
+
+
+def use(topology: str, saved: Path, data: Path, output: Path) -> tuple[float, list[str]]:
+    """Perplexity and answers of a saved adapter."""
+    sizes = sizes_of(topology)
+    config = RunConfig(
+        model={"model_name_or_path": str(saved)},
+        data={"eval": str(data), "max_length": 256, "cache_dir": str(output / "cache")},
+        parallel={"tensor_parallel_size": sizes["tp"], "pipeline_parallel_size": sizes["pp"]},
+        evaluation={"per_device_eval_batch_size": 3, "print_samples": 2},
+        train={"output_dir": str(output / "run")},
+    )
+    seen: list[str] = []
+
+    class Answers:
+        def collie_evaluated(self, samples: Any) -> None:
+            seen.extend(sample.prediction for sample in samples)
+
+    results = Trainer(config, callbacks=[Answers()], observers=()).evaluate()
+    return results["eval/perplexity"], seen
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_adapter_is_evaluated_and_answers_alike_everywhere(
+    zygote: Any, families: Path, instructions: Path, tmp_path: Path
+) -> None:
+    run_one(zygote, "dp1", LORA, families / "llama_tied", instructions, tmp_path)
+    saved = tmp_path / "run" / "model"
+    ((perplexity, answers),) = zygote.run(__file__, "use", world_size=1, args=("dp1", saved, instructions, tmp_path))
+    assert len(answers) == 2
+    for topology in ("tp2", "pp2"):
+        found, said = zygote.run(
+            __file__, "use", world_size=2, args=(topology, saved, instructions, tmp_path / topology)
+        )[0]
+        assert found == pytest.approx(perplexity, rel=1e-5)
+        assert said == answers
+
+
+# -- what it costs --------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_has_gradients_and_states(families: Path, instructions: Path, tmp_path: Path) -> None:
+    seen: dict[str, int] = {}
+
+    class Look:
+        def collie_before_update(self, run: Any) -> None:
+            seen["gradients"] = sum(p.grad.nbytes for p in run.model.parameters() if p.grad is not None)
+            seen["trainable"] = run.facts["trainable_parameters"]
+
+    sections: dict[str, Any] = {
+        "model": {"model_name_or_path": str(families / "llama_tied")},
+        "data": {"train": str(instructions), "cache_dir": str(tmp_path / "cache")},
+        "train": {"max_steps": 1, "output_dir": str(tmp_path / "run")},
+        "adapter": LORA,
+    }
+    trainer = Trainer(RunConfig(**sections), callbacks=[Look()], observers=())
+    trainer.train()
+    held = sum(value.numel() for value in saved_tensors(tmp_path).values())
+    assert seen == {"gradients": 4 * held, "trainable": held}
+    optimizer = trainer.parts.step.optimizer  # type: ignore[attr-defined]
+    assert sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.ndim) == 8 * held
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+def refused(adapter: dict[str, Any], model: Path, data: Path, output: Path, **parallel: Any) -> str:
+    sections: dict[str, Any] = {
+        "model": {"model_name_or_path": str(model)},
+        "data": {"train": str(data), "cache_dir": str(output / "cache")},
+        "train": {"max_steps": 1, "output_dir": str(output / "run")},
+        "parallel": parallel,
+        "adapter": adapter,
+    }
+    with pytest.raises(CollieError) as caught:
+        Trainer(RunConfig(**sections), observers=()).train()
+    assert not (output / "run").exists()
+    return str(caught.value)
+
+
+def test_bad_input_is_one_sentence(families: Path, instructions: Path, tmp_path: Path, zygote: Any) -> None:
+    family = families / "llama_tied"
+    args = (family, instructions, tmp_path / "bad")
+    assert "did you mean q_proj" in refused({**LORA, "target_modules": ["q_prj"]}, *args)
+    assert "use_dora is computed from the weights of whole layers" in refused(
+        {**LORA, "use_dora": True}, *args, tensor_parallel_size=2
+    )
+    run_one(zygote, "dp1", LORA, family, instructions, tmp_path / "good")
+    saved = tmp_path / "good" / "run" / "model"
+    go_on = {"type": "lora", "adapter_name_or_path": str(saved)}
+    assert "a saved adapter brings its own options" in refused({**go_on, "r": 8}, *args)
+    assert "was trained on other weights than those of" in refused(go_on, families / "internlm2", *args[1:])
+    torn = tmp_path / "torn"
+    shutil.copytree(saved, torn)
+    tensors = load_file(torn / "adapter_model.safetensors")
+    first, *_ = tensors
+    save_file({key: value for key, value in tensors.items() if key != first}, torn / "adapter_model.safetensors")
+    there = {"type": "lora", "adapter_name_or_path": str(torn)}
+    assert "does not fit the model: it lacks" in refused(there, *args)
+    save_file(tensors | {first: tensors[first][:1]}, torn / "adapter_model.safetensors")
+    assert "has the shape [1, 128] and should have [4, 128]" in refused(there, *args)
+    save_file(tensors | {first: tensors[first] * torch.nan}, torn / "adapter_model.safetensors")
+    assert "is damaged: not finite" in refused(there, *args)
+    (torn / "adapter_model.safetensors").unlink()
+    assert "holds no adapter_model.safetensors" in refused(there, *args)
+    empty = {"type": "lora", "adapter_name_or_path": str(tmp_path)}
+    assert "holds no adapter: neither collie_adapter.json nor adapter_config.json" in refused(empty, *args)
+
+
+# -- an adapter from elsewhere --------------------------------------------------------------------------------------
+
+OUTSIDE = '''
+"""VeRA through peft, as another package has it; it knows nothing of ranks."""
+
+import peft
+from safetensors.torch import load_file
+
+from collie_core.api import Component
+
+class Vera:
+    def attach(self, model, config):
+        options = {"r": 8, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], "projection_prng_key": 3}
+        options["save_projection"] = False
+        return peft.get_peft_model(model, peft.VeraConfig(task_type="CAUSAL_LM", **options))
+
+    def save(self, model, path, state):
+        model.save_pretrained(str(path), state_dict=dict(state))
+
+    def load(self, model, path):
+        return self.attach(model, None)
+
+    def state(self, path):
+        return {f"{key}.default": value for key, value in load_file(path / "adapter_model.safetensors").items()}
+
+VERA = Component(build="collie_vera:Vera")
+'''
+
+
+def train_outside(topology: str, site: Path, *args: Any) -> Any:
+    sys.path.insert(0, str(site))  # where the fork finds the entry points
+    return train(topology, {"type": "vera"}, *args)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_from_elsewhere_trains_on_shared_layers(
+    zygote: Any, families: Path, instructions: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    info = site / "collie_vera-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: collie-vera\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[collie.adapter]\nvera = collie_vera:VERA\n")
+    (site / "collie_vera.py").write_text(OUTSIDE)
+    runs = []
+    for topology in ("dp1", "tp2", "pp2"):
+        args = (topology, site, families / "llama_tied", instructions, tmp_path / topology, {})
+        ranks = zygote.run(__file__, "train_outside", world_size=world_size_of(topology), args=args)
+        runs.append(ranks[0][0])
+    assert runs[0][-1] < runs[0][0]
+    for losses in runs[1:]:
+        assert largest_difference(losses, runs[0]) <= 1e-5
