@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 PEFT: dict[str, type[Any]] = {"lora": peft.LoraConfig, "ia3": peft.IA3Config}
 FAMILIES = ["llama_tied", "internlm2"]
-TOPOLOGIES = ["dp1", "tp2", "pp2", "tp2pp2", "tp4", "dp2zero3", "tp2dp2", "dp2zero1"]
+TOPOLOGIES = ["dp1", "tp2", "pp2", "tp2pp2", "tp4", "dp2zero3", "tp2dp2"]
 
 
 class Record:

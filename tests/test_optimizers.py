@@ -153,15 +153,12 @@ def assert_the_same(found: Numbers, expected: Numbers) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", ["tp2", "pp2", "tp2dp2zero1", "dp2zero3"])
 def test_losses_are_those_of_one_process(
     topology: str, zygote: Any, llama: Path, instructions: Path, alone: Numbers, tmp_path: Path
 ) -> None:
     found = run_all(zygote, topology, names_on(topology), llama, instructions, tmp_path, changes=SHORT)
     assert_the_same(found, alone)
-    if topology == "dp2":
-        expected = alone["lomo"][0]
-        assert largest_difference(found["lomo"][0], expected) <= 1e-6 * max(expected)
 
 
 @pytest.fixture(scope="session")
@@ -181,7 +178,11 @@ def real_input(real_data: Path) -> tuple[Path, Path]:
 def test_a_real_model_has_the_losses_of_one_process(
     topology: str, zygote: Any, real_data: Path, real_alone: Numbers, tmp_path: Path
 ) -> None:
-    assert_the_same(run_all(zygote, topology, names_on(topology), *real_input(real_data), tmp_path), real_alone)
+    found = run_all(zygote, topology, names_on(topology), *real_input(real_data), tmp_path)
+    assert_the_same(found, real_alone)
+    if topology == "dp2":
+        expected = real_alone["lomo"][0]
+        assert largest_difference(found["lomo"][0], expected) <= 1e-6 * max(expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -207,7 +208,7 @@ def test_updates_in_backward_go_with_every_option(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("topology", ["dp1", "tp2", "dp2zero3"])
+@pytest.mark.parametrize("topology", ["tp2", "dp2zero3"])
 def test_weights_in_bfloat16_follow_float32(
     topology: str, zygote: Any, llama: Path, instructions: Path, alone: Numbers, tmp_path: Path
 ) -> None:
