@@ -142,6 +142,14 @@ class ShardedAdapter(Adapter, Protocol):
         """
 
 
+@runtime_checkable
+class MergeableAdapter(Adapter, Protocol):
+    """An adapter whose effect can be put into the weights of the layers that it sits on."""
+
+    def merge(self, module: nn.Module) -> None:
+        """Put the adapter of `module` into the weight of its `base_layer`, in place."""
+
+
 class Metric(Protocol):
     """A number over an evaluation set. `merge` is associative: any split of the samples gives the same."""
 

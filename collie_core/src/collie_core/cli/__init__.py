@@ -31,6 +31,7 @@ VERBS = {
     "train": ("collie_core.cli.train", "train as a configuration says"),
     "eval": ("collie_core.cli.eval", "evaluate a model as a configuration says"),
     "generate": ("collie_core.cli.generate", "complete a prompt with a model"),
+    "merge": ("collie_core.cli.merge", "make one model of an adapter and its base model"),
     "verify": ("collie_core.cli.verify", "check that a run trains on one topology as on another"),
     "plugins": ("collie_core.cli.plugins", "list, explain and check the installed plugins"),
 }

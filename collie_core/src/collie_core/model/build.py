@@ -214,6 +214,18 @@ def describe_adapter(folder: Path, type: str, base: str) -> None:
     (folder / ADAPTER).write_text(json.dumps(saved._asdict(), indent=2) + "\n")
 
 
+def base_of_adapter(folder: Path) -> SavedAdapter:
+    """What the adapter in `folder` says of itself.
+
+    Raises:
+        ModelError: there is none.
+    """
+    saved = _saved_adapter(folder)
+    if saved is None:
+        raise ModelError(f"{folder} holds no adapter: neither {ADAPTER} nor {PEFT_ADAPTER} is there")
+    return saved
+
+
 def load_adapter(model: nn.Module, folder: Path, registry: Plugins, topology: Topology) -> nn.Module:
     """`model`, or this rank's part of one, with the adapter in `folder` on it. Collective.
 
@@ -223,9 +235,7 @@ def load_adapter(model: nn.Module, folder: Path, registry: Plugins, topology: To
     """
     from collie_core.model.adapters import attach, fill
 
-    saved = _saved_adapter(folder)
-    if saved is None:
-        raise ModelError(f"{folder} holds no adapter: neither {ADAPTER} nor {PEFT_ADAPTER} is there")
+    saved = base_of_adapter(folder)
     config: Any = model.config
     base = str(config.name_or_path or "")
     if saved.base_fingerprint and base and saved.base_fingerprint != Checkpoint.open(base).fingerprint():

@@ -33,7 +33,12 @@ def write_folder(path: Path, write: Callable[[Path], None], topology: Topology |
         for leftover in (beside, old):
             shutil.rmtree(leftover, ignore_errors=True)
         beside.mkdir(parents=True)
-    write(beside)
+    try:
+        write(beside)
+    except BaseException:
+        if topology.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
     if topology.is_main:
         if path.exists():
             path.rename(old)
@@ -67,12 +72,13 @@ def save_pretrained(
     else:
         save(folder, model, part, gathered, dtype=dtype)
         if topology.is_main:
-            _write_configs(folder, model, part, dtype)
+            write_configs(folder, model, part, dtype)
     if topology.is_main and tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _write_configs(folder: Path, model: PreTrainedModel, part: Part, dtype: torch.dtype) -> None:
+def write_configs(folder: Path, model: PreTrainedModel, part: Part, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json."""
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     written = part.family.write_config(config, part.raw_config)

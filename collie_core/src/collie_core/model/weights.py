@@ -209,8 +209,8 @@ def whole_tensors(
 
     Collective: every rank goes through all of it. A value may be a view, good until the next one is asked for.
     """
-    placements, topology = part.partition.placements, part.topology
-    yield from _stream(_named_tensors(model), placements, topology, gathered, _inventory(model, part))
+    held = _named_tensors(model)
+    yield from _stream(held, part.partition.placements, part.topology, gathered, _inventory(held, part))
 
 
 def stream(
@@ -233,15 +233,18 @@ def save(
     *,
     dtype: torch.dtype,
     max_shard_bytes: float = 5e9,
+    held: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the weights of the whole model to `folder`, in the layout in which they were read. Collective.
 
-    Every tensor goes to its place in the files as soon as it is gathered, so no rank holds more than one.
+    Every tensor goes to its place in the files as soon as it is gathered, so no rank holds more than one. `held` are
+    this rank's tensors by name, where they are not simply those of `model`.
 
     Raises:
         RunError: the main rank cannot write, on every rank.
     """
-    inventory = _inventory(model, part)
+    held = _named_tensors(model) if held is None else held
+    inventory = _inventory(held, part)
     dtypes = Dtypes(model, dtype)
     failure: OSError | None = None
     files: TensorFolder | None = None
@@ -250,8 +253,7 @@ def save(
             files = TensorFolder(folder, _kinds(part, inventory, dtypes), max_shard_bytes)
         except OSError as error:
             failure = error
-    stream_of_all = _stream(_named_tensors(model), part.partition.placements, part.topology, gathered, inventory)
-    for name, value in stream_of_all:
+    for name, value in _stream(held, part.partition.placements, part.topology, gathered, inventory):
         if value is None or files is None or failure is not None:
             continue  # after a failure too: the other ranks wait in the next gather
         try:
@@ -270,18 +272,18 @@ def save(
         raise RunError(f"the model cannot be written: {said}") from failure
 
 
-def _inventory(model: nn.Module, part: Part) -> dict[str, tuple[int, Kind]]:
+def _inventory(held: Mapping[str, Tensor], part: Part) -> dict[str, tuple[int, Kind]]:
     """Tensor -> the stage that holds it, and what it is when whole. Collective."""
     topology, placements = part.topology, part.partition.placements
     mine: dict[str, tuple[int, Kind]] = {}
     if topology.dp.rank == topology.tp.rank == 0:
-        for name, tensor in _named_tensors(model).items():
+        for name, tensor in held.items():
             if name in part.layout:
                 shape = placements[name].shape if name in placements else tuple(tensor.shape)
                 mine[name] = (topology.pp.rank, Kind(shape, tensor.dtype))
     everyone: dict[str, tuple[int, Kind]] = {}
-    for held in topology.gather_objects(mine):
-        for name, found in held.items():
+    for stage in topology.gather_objects(mine):
+        for name, found in stage.items():
             everyone.setdefault(name, found)  # a buffer that every stage has is the first one's
     return {name: everyone[name] for name in part.layout}
 

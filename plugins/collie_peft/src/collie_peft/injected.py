@@ -74,6 +74,19 @@ class InjectedAdapter:
         saved = getattr(_read_config(path), "modules_to_save", None) or ()
         return {_parameter_name(key, saved): value for key, value in tensors.items()}
 
+    def merge(self, module: nn.Module) -> None:
+        """Put the adapter of one of peft's layers into the weight below it.
+
+        Raises:
+            ModelError: the merged weight is not finite.
+        """
+        layer: Any = module
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"the adapter cannot be merged: {error}") from error
+        layer.merged_adapters.clear()  # the weight is taken away again; the module stays as it was
+
     def _inject(self, model: nn.Module, config: Any) -> nn.Module:
         if is_stage(model) and config.modules_to_save:
             names = [name for name, _ in model.named_modules()]
