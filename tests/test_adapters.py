@@ -10,9 +10,11 @@ from typing import Any
 
 import peft
 import pytest
+import runs
 import torch
 from families import reference, write_family
 from plain import PlainRun
+from runs import changed, largest_difference, sections_on
 from safetensors.torch import load_file, save_file
 from topologies import sizes_of, world_size_of
 
@@ -33,58 +35,23 @@ FAMILIES = ["llama_tied", "internlm2"]
 TOPOLOGIES = ["dp1", "tp2", "pp2", "tp2pp2", "tp4", "dp2zero3", "tp2dp2"]
 
 
-class Record:
-    """Keeps loss and gradient norm of every step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-
-    def collie_after_step(self, loss: torch.Tensor) -> None:
-        self.losses.append(loss.item())
-
-    def collie_metrics(self, values: Any) -> None:
-        self.norms.append(values["grad_norm"])
-
-
 def train(
     topology: str, adapter: dict[str, Any], model: Path, data: Path, output: Path, changes: dict[str, Any]
 ) -> Any:
     """This rank's losses and norms."""
-    sizes = sizes_of(topology)
-    sections: dict[str, dict[str, Any]] = {
-        "model": {"model_name_or_path": str(model)},
-        "data": {"train": str(data), "max_length": 256, "cache_dir": str(output / "cache")},
-        "parallel": {
-            "tensor_parallel_size": sizes["tp"],
-            "pipeline_parallel_size": sizes["pp"],
-            "zero_stage": sizes["zero"],
-        },
-        "train": {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": BATCH // 2 // sizes["dp"],
-            "gradient_accumulation_steps": 2,
-            "seed": SEED,
-            "output_dir": str(output / "run"),
-            "overwrite_output_dir": True,
-        },
-        "optimizer": {"type": "adamw", "lr": 1e-2, "weight_decay": 0.01},
-        "lr_scheduler": {"type": "cosine", "warmup_ratio": 0.1},
-        "adapter": adapter,
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    record = Record()
-    Trainer(RunConfig(**sections), callbacks=[record], observers=()).train()
+    sections = sections_on(topology, model, data, output, steps=STEPS, micro_batch=BATCH // 2)
+    sections["train"] |= {"gradient_accumulation_steps": 2, "seed": SEED}
+    sections["optimizer"] = {"type": "adamw", "lr": 1e-2, "weight_decay": 0.01}
+    sections["adapter"] = adapter
+    record = runs.train(changed(sections, changes))
     return record.losses, record.norms
 
 
-def train_all(topology: str, runs: list[tuple[str, str]], folder: Path, data: Path, output: Path, changes: Any) -> Any:
+def train_all(topology: str, pairs: list[tuple[str, str]], folder: Path, data: Path, output: Path, changes: Any) -> Any:
     """One rank's numbers of every (family, method)."""
     return {
         (family, method): train(topology, METHODS[method], folder / family, data, output / family / method, changes)
-        for family, method in runs
+        for family, method in pairs
     }
 
 
@@ -125,11 +92,6 @@ def logits(model: Any) -> torch.Tensor:
 
 def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.safetensors")))).hexdigest()
-
-
-def largest_difference(first: list[float], second: list[float]) -> float:
-    assert len(first) == len(second) == STEPS
-    return max(abs(one - other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.slow
@@ -199,6 +161,8 @@ def run_one(
         ("dp2zero3", {}, {"parallel.offload_param": True, "parallel.offload_optimizer": True}),
         ("tp2dp2zero3", {}, {"optimizer": {"type": "sophia", "lr": 1e-3, "hessian_interval": 3}}),
         ("tp2", {}, {"optimizer": {"type": "muon", "lr": 1e-2}}),
+        ("tp2pp2", {"type": "bottleneck", "reduction_factor": 4}, {}),
+        ("tp2", {"type": "bottleneck", "placement": "pfeiffer"}, {"parallel.sequence_parallel": True}),
         ("tp2dp2", {}, {"optimizer": {"type": "adalomo", "lr": 1e-2}, "train.gradient_accumulation_steps": 1}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "-",
@@ -214,7 +178,7 @@ def test_options_are_the_same_on_every_topology(
     if "train.gradient_accumulation_steps" in changes:  # the same global batch
         changes["train.per_device_train_batch_size"] = BATCH // sizes_of(topology)["dp"]
         alone["train.per_device_train_batch_size"] = BATCH
-    chosen = {**LORA, **adapter}
+    chosen = adapter if "type" in adapter else {**LORA, **adapter}
     if "layers_to_transform" in adapter or "modules_to_save" in adapter:
         chosen["target_modules"] = adapter.get("target_modules", ["q_proj", "up_proj"])
     family = families / "internlm2"  # untied
@@ -405,11 +369,11 @@ def test_an_adapter_from_elsewhere_trains_on_shared_layers(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: collie-vera\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[collie.adapter]\nvera = collie_vera:VERA\n")
     (site / "collie_vera.py").write_text(OUTSIDE)
-    runs = []
+    found = []
     for topology in ("dp1", "tp2", "pp2"):
         args = (topology, site, families / "llama_tied", instructions, tmp_path / topology, {})
         ranks = zygote.run(__file__, "train_outside", world_size=world_size_of(topology), args=args)
-        runs.append(ranks[0][0])
-    assert runs[0][-1] < runs[0][0]
-    for losses in runs[1:]:
-        assert largest_difference(losses, runs[0]) <= 1e-5
+        found.append(ranks[0][0])
+    assert found[0][-1] < found[0][0]
+    for losses in found[1:]:
+        assert largest_difference(losses, found[0]) <= 1e-5

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import write_family
+from runs import Record, changed, largest_difference, sections_on, train
 from topologies import sizes_of, world_size_of
 from torch import Tensor, nn
 
@@ -45,47 +46,10 @@ def sections(
     topology: str, name: str, model: Path, data: Path, output: Path, changes: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """A run on one micro-batch per step, with clipping."""
-    sizes = sizes_of(topology)
-    found: dict[str, dict[str, Any]] = {
-        "model": {"model_name_or_path": str(model)},
-        "data": {"train": str(data), "max_length": 128, "long_samples": "truncate", "cache_dir": str(output / "cache")},
-        "parallel": {
-            "tensor_parallel_size": sizes["tp"],
-            "pipeline_parallel_size": sizes["pp"],
-            "zero_stage": sizes["zero"],
-        },
-        "train": {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": BATCH // sizes["dp"],
-            "seed": 7,
-            "output_dir": str(output / "run"),
-            "overwrite_output_dir": True,
-        },
-        "optimizer": {"type": name, "weight_decay": 0.01, **OPTIMIZERS[name]},
-        "lr_scheduler": {"type": "cosine", "warmup_ratio": 0.1},
-    }
-    for key, value in changes.items():
-        section, _, field = key.partition(".")
-        found.setdefault(section, {})[field] = value
-    return found
-
-
-class Record:
-    """Keeps loss and gradient norm of every step, and the facts."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.facts: dict[str, Any] = {}
-
-    def collie_run_start(self, run: Any) -> None:
-        self.facts = dict(run.facts)
-
-    def collie_after_step(self, loss: Tensor) -> None:
-        self.losses.append(loss.item())
-
-    def collie_metrics(self, values: Any) -> None:
-        self.norms.append(values["grad_norm"])
+    found = sections_on(topology, model, data, output, steps=STEPS, micro_batch=BATCH)
+    found["data"] |= {"max_length": 128, "long_samples": "truncate"}
+    found["optimizer"] = {"type": name, "weight_decay": 0.01, **OPTIMIZERS[name]}
+    return changed(found, changes)
 
 
 Numbers = dict[str, tuple[list[float], list[float]]]
@@ -98,16 +62,9 @@ def train_all(
     """What one rank sees with each optimizer."""
     found = {}
     for name in names:
-        record = Record()
-        config = RunConfig(**sections(topology, name, model, data, output / name, changes))
-        Trainer(config, callbacks=[record], observers=()).train()
+        record = train(sections(topology, name, model, data, output / name, changes))
         found[name] = (record.losses, record.norms)
     return found
-
-
-def largest_difference(first: list[float], second: list[float]) -> float:
-    assert len(first) == len(second) > 2
-    return max(abs(one - other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -340,10 +297,7 @@ def test_groups_by_pattern_are_the_same_everywhere(
 
 
 def facts_of(name: str, model: Path, data: Path, output: Path, changes: dict[str, Any]) -> str:
-    record = Record()
-    chosen = {"train.max_steps": 1, **changes}
-    config = RunConfig(**sections("dp1", name, model, data, output, chosen))
-    Trainer(config, callbacks=[record], observers=()).train()
+    record = train(sections("dp1", name, model, data, output, {"train.max_steps": 1, **changes}))
     return str(record.facts["optimizer"])
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from families import reference, write_family
 from plain import PlainRun
+from runs import Record, changed, largest_difference, sections_on
 from topologies import FAMILIES, sizes_of, world_size_of
 from transformers import AutoModelForCausalLM
 
@@ -33,49 +35,12 @@ TOPOLOGIES = [
 ]
 
 
-class Record:
-    """Keeps loss and gradient norm of every step."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-
-    def collie_after_step(self, loss: torch.Tensor) -> None:
-        self.losses.append(loss.item())
-
-    def collie_metrics(self, values: Any) -> None:
-        self.norms.append(values["grad_norm"])
-
-
 def train(topology: str, model: Path, data: Path, output: Path, changes: dict[str, Any]) -> Record:
     """This rank's part of a run: clipping, two micro-batches per step, padding."""
-    sizes = sizes_of(topology)
-    sections: dict[str, dict[str, Any]] = {
-        "model": {"model_name_or_path": str(model)},
-        "data": {"train": str(data), "max_length": 256, "cache_dir": str(output / "cache")},
-        "parallel": {
-            "tensor_parallel_size": sizes["tp"],
-            "pipeline_parallel_size": sizes["pp"],
-            "zero_stage": sizes["zero"],
-        },
-        "train": {
-            "max_steps": STEPS,
-            "per_device_train_batch_size": BATCH // 2 // sizes["dp"],
-            "gradient_accumulation_steps": 2,
-            "max_grad_norm": 1.0,
-            "seed": 7,
-            "output_dir": str(output / "run"),
-            "overwrite_output_dir": True,
-        },
-        "optimizer": {"type": "adamw", "lr": 1e-3, "weight_decay": 0.01},
-        "lr_scheduler": {"type": "cosine", "warmup_ratio": 0.1},
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    record = Record()
-    Trainer(RunConfig(**sections), callbacks=[record], observers=()).train()
-    return record
+    sections = sections_on(topology, model, data, output, steps=STEPS, micro_batch=BATCH // 2)
+    sections["train"] |= {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+    sections["optimizer"] = {"type": "adamw", "lr": 1e-3, "weight_decay": 0.01}
+    return runs.train(changed(sections, changes))
 
 
 def train_all(topology: str, folder: Path, data: Path, output: Path, names: list[str], changes: dict[str, Any]) -> Any:
@@ -105,11 +70,6 @@ def plain(families: Path, instructions: Path) -> dict[str, tuple[PlainRun, dict[
         run = PlainRun(steps=STEPS, batch=BATCH).train(model, families / name, instructions)
         found[name] = (run, model.state_dict())
     return found
-
-
-def largest_difference(first: list[float], second: list[float]) -> float:
-    assert len(first) == len(second) == STEPS
-    return max(abs(one - other) for one, other in zip(first, second, strict=True))
 
 
 def assert_weights_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

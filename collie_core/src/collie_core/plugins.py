@@ -66,6 +66,7 @@ CATALOGUE = {
     ("optimizer", "lomo"): "collie-optim",
     ("optimizer", "muon"): "collie-optim",
     ("optimizer", "sophia"): "collie-optim",
+    ("adapter", "bottleneck"): "collie-peft",
     ("adapter", "ia3"): "collie-peft",
     ("adapter", "lora"): "collie-peft",
 }

@@ -2,6 +2,11 @@
 
 from collie_core.api import Component
 
+BOTTLENECK = Component(
+    build="collie_peft.bottleneck:BottleneckAdapter",
+    config="collie_peft.bottleneck_config:BottleneckConfig",
+    summary="small networks after the outputs of layers (arXiv 1902.00751, 2005.00247)",
+)
 IA3 = Component(
     build="collie_peft.ia3:Ia3Adapter",
     config="collie_peft.ia3_config:Ia3Config",
@@ -13,4 +18,4 @@ LORA = Component(
     summary="low-rank adaptation through peft (arXiv 2106.09685), with rsLoRA and DoRA",
 )
 
-__all__ = ["IA3", "LORA"]
+__all__ = ["BOTTLENECK", "IA3", "LORA"]

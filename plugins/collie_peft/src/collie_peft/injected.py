@@ -90,7 +90,7 @@ class InjectedAdapter:
     def _inject(self, model: nn.Module, config: Any) -> nn.Module:
         if is_stage(model) and config.modules_to_save:
             names = [name for name, _ in model.named_modules()]
-            config.modules_to_save = [end for end in config.modules_to_save if _matches(end, names)] or None
+            config.modules_to_save = [end for end in config.modules_to_save if matches(end, names)] or None
         try:
             peft.inject_adapter_in_model(config, model, adapter_name=NAME)
         except (ValueError, TypeError) as error:
@@ -122,12 +122,13 @@ def _parameter_name(key: str, modules_to_save: Any) -> str:
         return f"{name}.{NAME}"
     if ".lora_" in name:
         return f"{module}.{NAME}.{leaf}"
-    if any(_matches(end, [module]) for end in modules_to_save):
+    if any(matches(end, [module]) for end in modules_to_save):
         return f"{module}.modules_to_save.{NAME}.{leaf}"
     return name  # a bias of the model itself
 
 
-def _matches(ending: str, names: list[str]) -> bool:
+def matches(ending: str, names: list[str]) -> bool:
+    """Whether one of the names is, or ends in, the given one."""
     return any(name == ending or name.endswith(f".{ending}") for name in names)
 
 
@@ -145,7 +146,7 @@ def check_names(model: nn.Module, key: str, wanted: list[str] | str | None) -> N
             raise ModelError(f"adapter.{key}={wanted!r} matches no module of the model as a whole name")
         return
     for ending in wanted:
-        if not _matches(ending, names):
+        if not matches(ending, names):
             raise ModelError(f"adapter.{key}: the model has no module {ending!r}{_nearest(ending, names)}")
 
 
