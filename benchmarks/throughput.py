@@ -16,7 +16,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,17 +163,17 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def measure(steps: int) -> dict[str, list[float]]:
-    """Seconds of each step of each contender."""
-    turns, rows = Turns(list(CONTENDERS)), samples(steps + WARM_UP)
+def taking_turns(contenders: Mapping[str, Callable[[Callable[[], None]], None]]) -> dict[str, list[float]]:
+    """Seconds of each step of each contender, without the first; each is given what it calls after a step."""
+    turns = Turns(list(contenders))
 
     def take_part(name: str) -> None:
         try:
-            CONTENDERS[name](rows, lambda: turns.step_ended(name))
+            contenders[name](lambda: turns.step_ended(name))
         finally:
             turns.left(name)
 
-    threads = [threading.Thread(target=take_part, args=(name,)) for name in CONTENDERS]
+    threads = [threading.Thread(target=take_part, args=(name,)) for name in contenders]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -198,11 +199,13 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
+    rows = samples(args.steps + WARM_UP)
+    seconds = taking_turns({name: partial(contender, rows) for name, contender in CONTENDERS.items()})
     parameters = sum(parameter.numel() for parameter in new_model().parameters())
     text = (
         f"{parameters / 1e6:.1f} M parameters, {BATCH} x {LENGTH} tokens a step, float32, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps\n\n"
-        f"{table(measure(args.steps))}\n"
+        f"{table(seconds)}\n"
     )
     print(text)
     if args.write:

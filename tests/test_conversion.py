@@ -18,7 +18,7 @@ from collie_core.config.tokenizer import TokenizerConfig
 from collie_core.data.tokenizer import build_tokenizer
 from collie_core.model.build import load_pretrained
 from collie_core.model.export import save_pretrained, write_folder
-from collie_core.model.stages import borrow_head, lend_head
+from collie_core.model.stages import borrow_head, lend
 from collie_core.plugins import Plugins
 from collie_core.topology import Topology
 
@@ -60,7 +60,7 @@ def logits_of_all(topology_name: str, folder: Path, names: list[str]) -> dict[st
     found = {}
     for name in names:
         model, _, _ = load(topology_name, folder / name)
-        lend_head(model)
+        lend(model)
         with torch.no_grad():
             found[name] = model(IDS % model.config.vocab_size, use_cache=False).logits.float().numpy()
     return found

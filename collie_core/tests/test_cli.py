@@ -243,14 +243,14 @@ from typing import Literal
 from collie_core.api import Component, ComponentConfig
 from pydantic import Field
 class Config(ComponentConfig):
-    type: Literal["bleu"] = "bleu"
+    type: Literal["meteor"] = "meteor"
     order: int = Field(4, description="Longest n-gram.")
     reference: str = Field(description="File of references.")
     names: list[str] = Field(default_factory=list)
-BLEU = Component("bleu_pack:Bleu", "bleu_pack:Config", summary="n-gram overlap", hint="pip install bleu")
+METEOR = Component("meteor_pack:Meteor", "meteor_pack:Config", summary="n-gram overlap", hint="pip install meteor")
 """
-BLEU = """
-class Bleu:
+METEOR = """
+class Meteor:
     def __init__(self, order, reference, names): ...
     def update(self, prediction, target): ...
     def merge(self, other): ...
@@ -259,10 +259,10 @@ class Bleu:
 
 
 @pytest.fixture
-def bleu(install: Any) -> None:
+def meteor(install: Any) -> None:
     """A metric that works and one that does not."""
-    groups = {"collie.metric": {"bleu": "bleu_pack:BLEU", "rouge": "no_rouge:ROUGE"}}
-    install("collie-words", summary="metrics of words", groups=groups, files={"bleu_pack.py": PACK + BLEU})
+    groups = {"collie.metric": {"meteor": "meteor_pack:METEOR", "nist": "no_nist:NIST"}}
+    install("collie-words", summary="metrics of words", groups=groups, files={"meteor_pack.py": PACK + METEOR})
 
 
 def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
@@ -270,24 +270,24 @@ def _json(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_table(bleu: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(meteor: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["KIND", "NAME", "DISTRIBUTION", "VERSION", "SUMMARY"]
     rows = [line.split(maxsplit=4) for line in lines]
-    assert ["metric", "bleu", "collie-words", "1.0", "metrics of words"] in rows
-    assert ["metric", "rouge", "collie-words", "1.0", "metrics of words"] in rows  # broken, and nobody asked
+    assert ["metric", "meteor", "collie-words", "1.0", "metrics of words"] in rows
+    assert ["metric", "nist", "collie-words", "1.0", "metrics of words"] in rows  # broken, and nobody asked
     assert len({line.index(cells[2]) for line, cells in zip(lines, rows, strict=True)}) == 1
 
 
 def test_the_table_shows_states(
-    bleu: None, install: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    meteor: None, install: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("collie-new", groups={"collie.metric": {"new": "n:N"}}, requires=["collie-core>=9"])
     install("collie-other", groups={"collie.metric": {"adamw": "o:O", "perplexity": "o:P"}})
     monkeypatch.setenv("COLLIE_BLOCK", "collie-words")
     states = {(row["distribution"], row["name"]): row["state"] for row in _json(capsys, "plugins", "--json")}
-    assert states["collie-words", "bleu"] == "blocked"
+    assert states["collie-words", "meteor"] == "blocked"
     assert states["collie-new", "new"] == "it needs collie-core >=9, and this is collie-core 0.1.0"
     assert states["collie-other", "perplexity"] == "ambiguous: write collie-other:perplexity"
     assert states["collie-core", "perplexity"] == "ambiguous: write collie-core:perplexity"
@@ -296,15 +296,15 @@ def test_the_table_shows_states(
     assert "[blocked]" in capsys.readouterr().out
 
 
-def test_show(bleu: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plugins", "show", "bleu"]) == 0
+def test_show(meteor: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "show", "meteor"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     for words in (
-        "metric bleu: n-gram overlap",
+        "metric meteor: n-gram overlap",
         "from collie-words 1.0",
-        "entry point bleu_pack:BLEU",
-        "build bleu_pack:Bleu",
-        "hint pip install bleu",
+        "entry point meteor_pack:METEOR",
+        "build meteor_pack:Meteor",
+        "hint pip install meteor",
         "reads token_losses",
         "higher_is_better False",
         "order = 4 Longest n-gram.",
@@ -314,8 +314,8 @@ def test_show(bleu: None, capsys: pytest.CaptureFixture[str]) -> None:
         assert words in out
 
 
-@pytest.mark.parametrize("argv", [["plugins", "show", "bleu", "--json"], ["plugins", "--json", "show", "bleu"]])
-def test_show_json(bleu: None, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+@pytest.mark.parametrize("argv", [["plugins", "show", "meteor", "--json"], ["plugins", "--json", "show", "meteor"]])
+def test_show_json(meteor: None, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     facts = _json(capsys, *argv)
     assert facts["capabilities"] == {"reads": "token_losses", "higher_is_better": False}
     assert (facts["kind"], facts["distribution"], facts["version"]) == ("metric", "collie-words", "1.0")
@@ -323,52 +323,52 @@ def test_show_json(bleu: None, capsys: pytest.CaptureFixture[str], argv: list[st
     assert [name for name, field in facts["fields"].items() if field["required"]] == ["reference"]
 
 
-def test_show_needs_the_kind_only_where_it_must(install: Any, bleu: None, capsys: Any) -> None:
-    install("collie-server", groups={"collie.commands": {"bleu": "x"}})
-    assert main(["plugins", "show", "bleu"]) == 1
+def test_show_needs_the_kind_only_where_it_must(install: Any, meteor: None, capsys: Any) -> None:
+    install("collie-server", groups={"collie.commands": {"meteor": "x"}})
+    assert main(["plugins", "show", "meteor"]) == 1
     assert "add --kind commands|metric" in capsys.readouterr().err
-    assert main(["plugins", "show", "bleu", "--kind", "metric"]) == 0
-    assert main(["plugins", "show", "blue"]) == 1
-    assert "no plugin is called 'blue'. Did you mean 'bleu'" in capsys.readouterr().err
+    assert main(["plugins", "show", "meteor", "--kind", "metric"]) == 0
+    assert main(["plugins", "show", "metoer"]) == 1
+    assert "no plugin is called 'metoer'. Did you mean 'meteor'" in capsys.readouterr().err
 
 
-def test_show_of_a_broken_plugin(bleu: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plugins", "show", "rouge"]) == 1
+def test_show_of_a_broken_plugin(meteor: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "show", "nist"]) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    assert main(["plugins", "show", "rouge", "--trace"]) == 1
+    assert main(["plugins", "show", "nist", "--trace"]) == 1
     traced = capsys.readouterr().err
     assert "Traceback (most recent call last)" in traced
     assert error.strip() in traced
 
 
 def test_trace_reaches_the_build_target(install: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    files = {"bleu_pack.py": PACK, "no_rouge.py": ""}
-    install("collie-words", groups={"collie.metric": {"bleu": "bleu_pack:BLEU"}}, files=files)
-    assert main(["plugins", "show", "bleu"]) == 0
-    assert main(["plugins", "show", "bleu", "--trace"]) == 1
-    assert "module 'bleu_pack' has no attribute 'Bleu'" in capsys.readouterr().err
+    files = {"meteor_pack.py": PACK, "no_nist.py": ""}
+    install("collie-words", groups={"collie.metric": {"meteor": "meteor_pack:METEOR"}}, files=files)
+    assert main(["plugins", "show", "meteor"]) == 0
+    assert main(["plugins", "show", "meteor", "--trace"]) == 1
+    assert "module 'meteor_pack' has no attribute 'Meteor'" in capsys.readouterr().err
 
 
-def test_check(bleu: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check(meteor: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["plugins", "--check"]) == 1
     out = capsys.readouterr().out
     rows = {tuple(line.split()[:2]): line for line in out.splitlines() if line[:1] != " "}
-    assert rows["metric", "bleu"].endswith(" ok")
-    assert rows["metric", "rouge"].endswith("✗ broken")
-    assert "No module named 'no_rouge'" in out
+    assert rows["metric", "meteor"].endswith(" ok")
+    assert rows["metric", "nist"].endswith("✗ broken")
+    assert "No module named 'no_nist'" in out
     verdicts = {row["name"]: row for row in _json(capsys, "plugins", "--check", "--json")}
-    assert (verdicts["bleu"]["ok"], verdicts["rouge"]["ok"]) == (True, False)
-    assert "COLLIE_BLOCK=collie-words" in verdicts["rouge"]["error"]
+    assert (verdicts["meteor"]["ok"], verdicts["nist"]["ok"]) == (True, False)
+    assert "COLLIE_BLOCK=collie-words" in verdicts["nist"]["error"]
 
 
 def test_check_passes_what_is_blocked(
-    bleu: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    meteor: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLLIE_BLOCK", "collie-words")
     rows = _json(capsys, "plugins", "--check", "--json")
     assert {row["state"] for row in rows if row["distribution"] == "collie-words"} == {"blocked"}
-    assert "no_rouge" not in sys.modules
+    assert "no_nist" not in sys.modules
 
 
 def test_everything_shipped_passes_the_check(python: Any) -> None:

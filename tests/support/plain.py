@@ -40,14 +40,26 @@ class PlainRun:
             longest = max(len(ids) for ids, _ in chosen)
             ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in chosen])
             labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in chosen])
-            loss = model(input_ids=ids, labels=labels).loss  # transformers' own mean over the target tokens
+            loss = self.loss(model, ids, labels)
             loss.backward()
+            self.before_update(model)
             self.norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.clip)))
             optimizer.step()
+            self.after_update(model)
             scheduler.step()
             optimizer.zero_grad()
             self.losses.append(loss.item())
         return self
+
+    def loss(self, model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """transformers' own mean over the target tokens."""
+        return model(input_ids=ids, labels=labels).loss
+
+    def before_update(self, model: Any) -> None:
+        """Between backward and clipping; for others to override."""
+
+    def after_update(self, model: Any) -> None:
+        """After the update; for others to override."""
 
     def samples(self, tokenizer_folder: Path, data: Path) -> list[tuple[list[int], list[int]]]:
         """Ids and labels of the rows that have a target."""

@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collie_core.config.base import AdapterConfig, ComponentConfig, ConfigModel, OptimizerConfig, ParamGroup
+    from collie_core.config.evaluation import EvaluatorConfig
     from collie_core.config.parallel import ParallelConfig
     from collie_core.config.run import RunConfig
     from collie_core.data.loader import Batch
     from collie_core.errors import CollieError, ConfigError, DataError, ModelError, PluginError, RunError
+    from collie_core.evaluate.context import EvaluationContext, Outcome
     from collie_core.hookspecs import (
         Adapter,
+        AdapterCan,
         Can,
         Component,
         CurvatureOptimizer,
+        DetailedMetric,
+        Evaluator,
+        EvaluatorCan,
         FusedOptimizer,
         Metric,
         MetricCan,
@@ -29,14 +35,17 @@ if TYPE_CHECKING:
         ShardedAdapter,
     )
     from collie_core.loop import Trainer
+    from collie_core.model.adapters import whole_of_part
     from collie_core.model.family import Source, StockFamily
     from collie_core.model.stages import is_stage
+    from collie_core.model.virtual_tokens import put_virtual_tokens
     from collie_core.model.whole import Whole, whole_of
     from collie_core.plugins import hookimpl
     from collie_core.topology import Topology
 
 _HOME = {
     "Adapter": "hookspecs",
+    "AdapterCan": "hookspecs",
     "AdapterConfig": "config.base",
     "Batch": "data.loader",
     "Can": "hookspecs",
@@ -47,6 +56,11 @@ _HOME = {
     "ConfigModel": "config.base",
     "CurvatureOptimizer": "hookspecs",
     "DataError": "errors",
+    "DetailedMetric": "hookspecs",
+    "EvaluationContext": "evaluate.context",
+    "Evaluator": "hookspecs",
+    "EvaluatorCan": "hookspecs",
+    "EvaluatorConfig": "config.evaluation",
     "FusedOptimizer": "hookspecs",
     "Metric": "hookspecs",
     "MetricCan": "hookspecs",
@@ -54,6 +68,7 @@ _HOME = {
     "ModelFamily": "hookspecs",
     "OptimizerCan": "hookspecs",
     "OptimizerConfig": "config.base",
+    "Outcome": "evaluate.context",
     "ParamGroup": "config.base",
     "ParallelConfig": "config.parallel",
     "PluginError": "errors",
@@ -69,11 +84,14 @@ _HOME = {
     "Whole": "model.whole",
     "hookimpl": "plugins",
     "is_stage": "model.stages",
+    "put_virtual_tokens": "model.virtual_tokens",
     "whole_of": "model.whole",
+    "whole_of_part": "model.adapters",
 }
 
 __all__ = [
     "Adapter",
+    "AdapterCan",
     "AdapterConfig",
     "Batch",
     "Can",
@@ -84,6 +102,11 @@ __all__ = [
     "ConfigModel",
     "CurvatureOptimizer",
     "DataError",
+    "DetailedMetric",
+    "EvaluationContext",
+    "Evaluator",
+    "EvaluatorCan",
+    "EvaluatorConfig",
     "FusedOptimizer",
     "Metric",
     "MetricCan",
@@ -91,6 +114,7 @@ __all__ = [
     "ModelFamily",
     "OptimizerCan",
     "OptimizerConfig",
+    "Outcome",
     "ParallelConfig",
     "ParamGroup",
     "PluginError",
@@ -106,7 +130,9 @@ __all__ = [
     "Whole",
     "hookimpl",
     "is_stage",
+    "put_virtual_tokens",
     "whole_of",
+    "whole_of_part",
 ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
+from collie_core.data.prompts import text_ids
+from collie_core.data.tokenizer import padding_id
 from collie_core.model.stages import stage_cache
 
 if TYPE_CHECKING:
@@ -23,25 +25,47 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    num_beams: int = 1,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int = 0,
+    streamer: Any = None,
+    synced: bool = False,
 ) -> list[list[int]]:
     """The new token ids after each prompt (token ids), up to and without the end-of-text token.
 
-    `temperature` 0 is greedy; otherwise tokens are sampled, reproducibly for a seed: the caller's random state is
-    left as it was. Prompts of different lengths are padded on the left and attend to their own tokens only.
+    Prompts of different lengths are padded on the left and attend to their own tokens only. What the model's
+    generation_config.json says about penalties, beams and sampling does not count; the ends of text that it names do.
     Collective over the ranks that hold a copy of the model: all give the same prompts and get the same answers.
+
+    Args:
+        model: a causal language model of transformers, or this rank's part of one.
+        tokenizer: of the model; it may lack a padding token.
+        prompts: token ids, at least one each.
+        max_new_tokens: the longest answer.
+        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, reproducibly for a seed.
+        top_p, top_k: draw from this probability mass, from so many tokens (0: all).
+        num_beams: beams of a beam search; 1: none.
+        repetition_penalty: logits of tokens that occurred are divided by it (arXiv 1909.05858).
+        stop: texts at which an answer ends. The ids go up to the token that completes one; see `answer_text`.
+        seed: of the drawing. The caller's random state is left as it was.
+        streamer: of transformers, on one rank: gets the prompt and then each token, of one prompt without beams.
+        synced: ranks with other prompts hold shares of the same weights, so that all of them run each forward.
     """
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    pad, ends = padding_id(tokenizer), _ends(model, tokenizer)
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)  # [B, L]
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt), dtype=torch.long)
         mask[row, width - len(prompt) :] = 1
-    options: dict[str, Any] = {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False, "num_beams": num_beams, "repetition_penalty": repetition_penalty}
+    options["no_repeat_ngram_size"] = 0
     if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    if stop:
+        options |= {"stop_strings": list(stop), "tokenizer": tokenizer}
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -51,16 +75,35 @@ def generate(
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends or None,
             past_key_values=stage_cache(model),
+            streamer=streamer,
+            synced_gpus=synced,
             **options,
         )
     model.train(was_training)
-    return [_until(row[width:].tolist(), tokenizer.eos_token_id) for row in output]
+    return [_answer(row[width:].tolist(), ends, pad if stop else None) for row in output]
 
 
-def _until(ids: list[int], end: int | None) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a text: the tokenizer's, and those by which the model's own configuration ends a turn."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    named = own if isinstance(own, list) else [own]
+    return [*dict.fromkeys(token for token in (tokenizer.eos_token_id, *named) if isinstance(token, int))]
+
+
+def _answer(ids: list[int], ends: Collection[int], pad: int | None) -> list[int]:
+    """The ids before the end of text; and before the padding that follows a text at which to stop."""
+    length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    while pad is not None and length and ids[length - 1] == pad:
+        length -= 1
+    return ids[:length]
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """New ids as text without special tokens, up to the first of the texts at which to stop."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
 
 
 def load_for_generation(
@@ -89,8 +132,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = 
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    ids = list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # some tokenizers close every text
+    return text_ids(tokenizer, prompt, special=not chat)
 
 
 class SampleText(NamedTuple):

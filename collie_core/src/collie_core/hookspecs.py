@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
     from collie_core.config.parallel import ParallelConfig
     from collie_core.config.run import RunConfig
+    from collie_core.evaluate.context import EvaluationContext, Outcome
     from collie_core.generate import SampleText
+    from collie_core.model.vocabulary_extension import VocabularyExtension
     from collie_core.topology import Topology
 
 API = 1
-KINDS = ("model", "optimizer", "adapter", "metric", "server")
+KINDS = ("model", "optimizer", "adapter", "metric", "evaluator", "server", "tracker")
 
 
 # -- components ---------------------------------------------------------------------------------------------
@@ -46,8 +48,19 @@ class OptimizerCan(Can):
 
 @dataclass(frozen=True)
 class MetricCan(Can):
-    reads: str = "token_losses"  # what `Metric.update` is given; see there
+    reads: str = "token_losses"  # or "token_ids", "texts", "choices": what `Metric.update` is given; see there
     higher_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluatorCan(Can):
+    feeds: tuple[str, ...] = ()  # the kinds of `MetricCan.reads` that it gives to metrics
+    reads: str = "rows"  # what it asks of its context: "rows" as they are written, or "samples", which are tokenised
+
+
+@dataclass(frozen=True)
+class AdapterCan(Can):
+    peft_type: str = ""  # what peft's files call it, where that is not the name in capitals
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,9 @@ class Adapter(Protocol):
 
     `model` may be this rank's part of a model, or a whole one without values: modules and names are what counts. Whole
     tensors of the adapter come and go by the names of its trainable parameters.
+
+    It may have hooks: methods as those of `Hooks`, which a `Trainer` calls before those of plugins and callbacks. What
+    they keep between steps belongs on `run.model`, since one object serves several runs.
     """
 
     def attach(self, model: nn.Module, config: Any) -> nn.Module:
@@ -151,16 +167,42 @@ class MergeableAdapter(Adapter, Protocol):
 
 
 class Metric(Protocol):
-    """A number over an evaluation set. `merge` is associative: any split of the samples gives the same."""
+    """A number over an evaluation set. `merge` is associative and commutative, so that any split of the samples into
+    batches and ranks gives the same, up to rounding.
+
+    What `update` is given, by `MetricCan.reads`:
+
+    * "token_losses": float losses [N] in nats, and the token ids [N] that they are of;
+    * "token_ids": the ids [N] with the highest logits where a target was to come, and the ids [N] of the targets;
+    * "texts": a sequence of answers, and for each a sequence of references, at least one;
+    * "choices": a sequence of classes, texts or integers, and as many right ones.
+    """
 
     def update(self, prediction: Any, target: Any) -> None:
-        """Add samples. With `reads="token_losses"`: float losses [N] in nats and their token ids [N]."""
+        """Add samples; there is one target for each prediction."""
 
     def merge(self, other: Any) -> None:
-        """Join the state of another rank."""
+        """Join the state of another rank, which may have no samples. That rank sent it pickled: keep it small."""
 
     def compute(self) -> Mapping[str, float]:
-        """The final numbers by name."""
+        """The final numbers by name; without samples the same names, each NaN."""
+
+
+@runtime_checkable
+class DetailedMetric(Metric, Protocol):
+    """A metric that has words beside its numbers, as what they were computed with; kept with the results."""
+
+    def details(self) -> Mapping[str, str]:
+        """Texts by name; may be empty without samples."""
+
+
+class Evaluator(Protocol):
+    """Asks a model about samples, and feeds metrics with what it says. One object serves all evaluations of a run."""
+
+    def evaluate(self, context: EvaluationContext) -> Outcome:
+        """Go once over `context.rows()` or `context.dataset()` and give `context.outcome()`. Collective: every rank
+        calls it, and each works on the share that `context.deal` hands it.
+        """
 
 
 class Server(Protocol):
@@ -168,6 +210,16 @@ class Server(Protocol):
 
     def serve(self, model: nn.Module, tokenizer: Any, config: Any, ready: Callable[[int], None]) -> None:
         """Run until stopped; call `ready(port)` once requests are accepted."""
+
+
+class TrackerFactory(Protocol):
+    """Makes what records a run elsewhere: an object with methods named as the event hooks, on the main rank only.
+
+    It is made before the model is built, which is the time to say that a package is missing.
+    """
+
+    def __call__(self, **options: Any) -> object:
+        """`options` are the fields of the plugin's config, less `type`."""
 
 
 # -- the run as a hook sees it ------------------------------------------------------------------------------
@@ -186,16 +238,21 @@ class Run:
     epoch: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)  # parameters, samples, steps, ...: shown before step 1
     metrics: dict[str, float] = field(default_factory=dict)  # plugins may add numbers; logged with the next step
+    best: dict[str, Any] = field(default_factory=dict)  # with `evaluation.best`: step, epoch, metric, value
     stop_reason: str = ""
 
     def request_stop(self, reason: str = "a plugin asked for it") -> None:
-        """End training after the step that is running; evaluation and export still happen."""
+        """End training after the step that is running; evaluation and export still happen.
+
+        Every rank must ask at the same step; in `collie_evaluated` the main rank alone asks, for all.
+        """
         self.stop_reason = self.stop_reason or reason
 
 
 # -- hooks --------------------------------------------------------------------------------------------------
 # pluggy passes each implementation only the arguments it names, so that hooks can grow. An exception in any
-# hook stops the run. The five build steps are `firstresult`: the core implements them last, plugins may wrap.
+# hook stops the run. The build steps are `firstresult`: the core implements them last, plugins may wrap. A tracker
+# has none: it is made of hooks itself.
 
 
 class Hooks:
@@ -206,6 +263,7 @@ class Hooks:
         "collie_build_optimizer",
         "collie_build_adapter",
         "collie_build_metric",
+        "collie_build_evaluator",
         "collie_build_server",
     )
 
@@ -214,12 +272,14 @@ class Hooks:
         target: ModelFamily,
         config: PretrainedConfig,
         weights: str | None,
+        vocabulary: VocabularyExtension | None,
         topology: Topology,
         parallel: ParallelConfig,
         store: Any,
     ) -> nn.Module:
         """Build this rank's part of the model with `weights` of a folder or hub id, or random ones (None).
 
+        `config` has the size of the model, and `vocabulary` says which rows the files lack (None: they lack none).
         `store(module, name, shape, read)` puts one parameter into its module; see `collie_core.model.weights`.
         """
 
@@ -233,6 +293,9 @@ class Hooks:
 
     def collie_build_metric(self, target: Callable[..., Metric], config: Any) -> Metric:  # type: ignore[empty-body]
         """Build an empty metric, once per evaluation."""
+
+    def collie_build_evaluator(self, target: Callable[..., Evaluator], config: Any) -> Evaluator:  # type: ignore[empty-body]
+        """Build an evaluator, once per evaluation."""
 
     def collie_build_server(self, target: Callable[..., Server], config: Any) -> Server:  # type: ignore[empty-body]
         """Build a server that has not started yet."""

@@ -13,9 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from collie_core.best import BestModel
 from collie_core.engine.step import LossFn, TrainFn, token_mean_loss
 from collie_core.errors import RunError
-from collie_core.evaluate.perplexity import evaluating, feed
+from collie_core.evaluate.run import Evaluated, run_evaluators
+from collie_core.evaluate.scoring import evaluating
 from collie_core.generate import SampleText, sample_texts
 from collie_core.hookspecs import Run
 from collie_core.model.adapters import whole_of_part, whole_state
@@ -36,8 +38,9 @@ from collie_core.watch import watching
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from collie_core.config.evaluation import EvaluationConfig
     from collie_core.config.run import RunConfig
-    from collie_core.data.loader import Batch, StepBatch
+    from collie_core.data.loader import StepBatch
 
 
 class Trainer:
@@ -80,8 +83,11 @@ class Trainer:
         self.topology = self.parts.topology
         if observers is None:
             observers = standard_observers(config, self.topology)
-        self.hooks = config.registry.hook_manager([*callbacks, *observers]).hook
+        adapter = [] if config.adapter is None else config.registry.hooked("adapter", config.adapter.type)
+        # The last one is called first: whatever looks at gradients finds them as the adapter wants them.
+        self.hooks = config.registry.hook_manager([*callbacks, *observers, *adapter]).hook
         self.results: dict[str, float] = {}  # the last logged numbers and evaluation results
+        self.details: dict[str, str] = {}  # texts that belong to the last evaluation, such as signatures of scores
 
     @property
     def model(self) -> nn.Module:
@@ -100,9 +106,10 @@ class Trainer:
             CollieError: a part of the run cannot be built, or the gradients are no longer numbers.
         """
         with watching(self.topology), self._random_state(), self._recorded() as run:
+            evaluation, best = self.config.evaluation, BestModel(self.config.evaluation.best, run, self._export)
             self.hooks.collie_run_start(run=run)
-            if self.config.evaluation.on_start:
-                self.evaluate()
+            if evaluation.on_start:
+                best.evaluated(self.evaluate())
             step, meter = self.parts.step, Meter(self.topology)
             step.model.train()  # loaded models come in evaluation mode: no dropout, no gradient checkpointing
             for batch in self.parts.loader():
@@ -111,16 +118,17 @@ class Trainer:
                 loss = step.forward_backward(batch, self._target_tokens(batch))
                 self.hooks.collie_before_update(run=run)
                 learning_rate, grad_norm = step.learning_rate, step.update()
-                run.step, run.epoch = run.step + 1, batch.epoch
+                before, run.step, run.epoch = run.epoch, run.step + 1, batch.epoch
                 meter.add(loss, batch.tokens)
                 self.hooks.collie_after_step(run=run, loss=loss)
                 last = run.step == run.max_steps or bool(run.stop_reason)
-                if last or run.step % self.config.train.logging_steps == 0:
+                due = last or _is_due(evaluation, run, before)
+                if due or run.step % self.config.train.logging_steps == 0:
                     self._log(meter.read() | {"learning_rate": learning_rate, "grad_norm": grad_norm})
-                if last or (self.config.evaluation.steps and run.step % self.config.evaluation.steps == 0):
-                    self.evaluate()
+                if due:
+                    best.evaluated(self.evaluate())
                     meter.restart()
-                if last:
+                if last or run.stop_reason:
                     break
             self.save_model(run.output_dir / "model")
         return dict(self.results)
@@ -128,27 +136,20 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Results over the evaluation samples, as `eval/<name>`; none without evaluation samples."""
         parts = self.parts
-        if parts.eval_dataset is None:
+        if not any(map(parts.has_samples, self.config.evaluation.evaluators)):
             return {}
         model = parts.step.model if parts.training else parts.model
-        batches = parts.eval_batches(parts.eval_dataset)
-        evaluate = parts.given.eval_fn or self._run_evaluators
         with evaluating(model):
-            named = {f"eval/{name}": float(value) for name, value in evaluate(model, batches).items()}
-            samples = self._sample_texts()
+            results, self.details, samples = self._evaluated(model)
+            samples = [*self._sample_texts(), *samples]
         if self.topology.is_main:
-            self.hooks.collie_evaluated(run=self.run, results=named, samples=samples)
-        self.results |= named
-        return named
+            self.hooks.collie_evaluated(run=self.run, results=results, samples=samples)
+        self.results |= results
+        return results
 
     def save_model(self, path: str | Path) -> Path:
         """Export to the transformers format, or an adapter alone to the peft format: whole or not at all."""
-        path = Path(path)
-        write = self._write_model if self.config.adapter is None else self._write_adapter
-        write_folder(path, write, self.topology)
-        if self.topology.is_main:
-            self.hooks.collie_checkpoint_saved(run=self.run, path=path)
-        return path
+        return self._export(Path(path))
 
     # -- how ---------------------------------------------------------------------------------------------------
 
@@ -189,17 +190,13 @@ class Trainer:
         """Of the global batch, counted now: a hook may have masked some."""
         return max(1, int(self.topology.sum_over_data(batch.target_tokens)))
 
-    def _run_evaluators(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
-        registry, sections = self.config.registry, self.config.evaluation.evaluators
-        metrics = [registry.build("metric", section.type, config=section) for section in sections]
-        # Tensor-parallel ranks compute the same losses; one of them reports.
-        feed(metrics if self.topology.tp.rank == 0 else (), model, batches, self.parts.precision())
-        results: dict[str, float] = {}
-        for metric, *others in zip(*self.topology.gather_objects(metrics), strict=True):
-            for other in others:
-                metric.merge(other)
-            results |= metric.compute()
-        return results
+    def _evaluated(self, model: nn.Module) -> Evaluated:
+        parts, eval_fn = self.parts, self.parts.given.eval_fn
+        if eval_fn is None:
+            return run_evaluators(parts, model, self.run.step if parts.training else None)
+        assert parts.eval_dataset is not None
+        found = eval_fn(model, parts.eval_batches(parts.eval_dataset))
+        return Evaluated({f"eval/{name}": float(value) for name, value in found.items()}, {}, [])
 
     def _sample_texts(self) -> list[SampleText]:
         """Answers to the first held-out prompts. Ranks that share a model all take part in its forward."""
@@ -215,6 +212,19 @@ class Trainer:
         self.run.metrics.clear()
         if self.topology.is_main:
             self.hooks.collie_metrics(run=self.run, values=dict(self.results))
+
+    def _export(self, path: Path, add: Callable[[Path], None] = lambda folder: None) -> Path:
+        """`save_model`; the main rank lets `add` put more into the same folder."""
+
+        def write(folder: Path) -> None:
+            (self._write_model if self.config.adapter is None else self._write_adapter)(folder)
+            if self.topology.is_main:
+                add(folder)
+
+        write_folder(path, write, self.topology)
+        if self.topology.is_main:
+            self.hooks.collie_checkpoint_saved(run=self.run, path=path)
+        return path
 
     def _write_model(self, folder: Path) -> None:
         model = cast("PreTrainedModel", self.model)
@@ -233,5 +243,12 @@ class Trainer:
         state = whole_state(self.model, self.parts.gathered)
         if self.topology.is_main:
             self.config.registry.load("adapter", adapter.type).save(whole_of_part(self.model), folder, state)
-            describe_adapter(folder, adapter.type, str(self.config.model.model_name_or_path or ""))
+            base = str(self.config.model.model_name_or_path or "")
+            describe_adapter(folder, adapter.type, base, self.parts.vocabulary)
             self.parts.tokenizer.save_pretrained(folder)
+
+
+def _is_due(evaluation: EvaluationConfig, run: Run, before: float) -> bool:
+    """Whether an evaluation follows the step that has ended, before which so many epochs had passed."""
+    steps, epochs = evaluation.steps, evaluation.epochs
+    return bool(steps and run.step % steps == 0) or bool(epochs and run.epoch // epochs > before // epochs)

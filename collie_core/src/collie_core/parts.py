@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,15 +20,31 @@ from collie_core.config.rules import require_fusable, require_parts
 from collie_core.data.dataset import TokenizedDataset, prepare_dataset
 from collie_core.data.formats import chat_template
 from collie_core.data.loader import Batch, Loader, check_packing, eval_batches
+from collie_core.data.sources import Row, Source, handed_rows
 from collie_core.data.tokenizer import build_tokenizer, padding_id
 from collie_core.engine.curvature import drawn_labels
 from collie_core.engine.step import Curvature, LossFn, Step, TorchStep, TrainFn, autocast, token_mean_loss
-from collie_core.errors import MISSING, ConfigError, PluginError, Problem
-from collie_core.hookspecs import CurvatureOptimizer, FusedOptimizer, OptimizerCan
+from collie_core.errors import MISSING, ConfigError, ModelError, PluginError, Problem
+from collie_core.evaluate.run import check_metrics
+from collie_core.hookspecs import CurvatureOptimizer, EvaluatorCan, FusedOptimizer, OptimizerCan
+from collie_core.model.adapters import adapter_of
 from collie_core.model.adapters import attach as attach_adapter
-from collie_core.model.build import check_length, compute_dtype, load_adapter, load_pretrained, parameter_counts
+from collie_core.model.build import (
+    base_of_adapter,
+    check_length,
+    compute_dtype,
+    load_adapter,
+    load_pretrained,
+    parameter_counts,
+    plugin_of,
+    rows_of_files,
+)
 from collie_core.model.dropout import install as install_dropout
-from collie_core.model.stages import borrow_head, lend_head
+from collie_core.model.quantize import quantize
+from collie_core.model.stages import borrow_head, lend
+from collie_core.model.virtual_tokens import virtual_tokens_of
+from collie_core.model.vocabulary_extension import VocabularyExtension
+from collie_core.model.vocabulary_extension import extend as extend_vocabulary
 from collie_core.optimizers.build import parameter_groups, schedule
 from collie_core.topology import Topology
 
@@ -35,8 +52,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from collie_core.config.base import AdapterConfig
+    from collie_core.config.evaluation import EvaluatorConfig
     from collie_core.config.run import RunConfig
     from collie_core.engine.zero3 import Zero3Store
+
+LONGEST = 2**31 - 1  # tokens of a sample, as the data set counts them
 
 EvalFn = Callable[[nn.Module, Iterator[Batch]], Mapping[str, float]]
 """(model in evaluation mode, batches) -> results by name; replaces the configured evaluators."""
@@ -69,54 +89,89 @@ class Parts:
         self.topology = Topology.start(config.parallel)
         self.device = self.topology.device
         self.dtype = compute_dtype(config.model.dtype, self.device)
+        self._eval_sets: dict[tuple[str, bool], TokenizedDataset] = {}
         self.will_train = False  # so that an engine will gather what is taken apart
 
     def build(self) -> None:
         """Everything that training needs, in the order in which mistakes are cheapest to find."""
-        require_parts(self.config, model=True, train_data=self.given.train_dataset is not None)
+        train_data, eval_data = (given is not None for given in (self.given.train_dataset, self.given.eval_dataset))
+        require_parts(self.config, model=True, train_data=train_data, eval_data=eval_data)
         self.will_train = True
-        _ = self.tokenizer, self.model, self.train_dataset, self.eval_dataset, self.parameter_counts, self.step
+        _ = self.tokenizer, self.model, self.train_dataset, self.eval_dataset
+        self._check_evaluators()
+        _ = self.parameter_counts, self.step
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the chat template of the run, so that it is exported with the model."""
-        tokenizer = self.given.tokenizer or build_tokenizer(self.config.tokenizer, self.config.model)
+        tokenizer, _ = self._tokenizer_and_vocabulary
         if self.config.data.chat_template is not None:
             tokenizer.chat_template = chat_template(self.config.data.chat_template, tokenizer)
         return tokenizer
+
+    @property
+    def vocabulary(self) -> VocabularyExtension | None:
+        """The rows that the model gets for new tokens; None: it stays as its files are."""
+        return self._tokenizer_and_vocabulary[1]
+
+    @cached_property
+    def _tokenizer_and_vocabulary(self) -> tuple[PreTrainedTokenizerBase, VocabularyExtension | None]:
+        section = self.config.model
+        tokenizer = self.given.tokenizer or build_tokenizer(self.config.tokenizer, section)
+        if section.resize_vocabulary is None:
+            return tokenizer, None
+        return extend_vocabulary(tokenizer, section.resize_vocabulary, rows_of_files(section, self.registry))
 
     @cached_property
     def model(self) -> nn.Module:
         """The model on its device, with its weights and adapter; in float32, computing under autocast."""
         model = self._new_model() if self.given.model is None else self.given.model
+        if self.config.adapter is not None:
+            model = self._adapted(model, self.config.adapter)
+            check_length(model.config, self.config.data.max_length, virtual_tokens_of(model).count)
         model = model.to(self.device)
-        lend_head(model)
+        lend(model)
         return model
 
     def _new_model(self) -> nn.Module:
-        section, adapter = self.config.model, self.config.adapter
+        section = self.config.model
         torch.manual_seed(self.config.train.seed)
         model: Any = load_pretrained(
             section,
             self.registry,
             self.tokenizer,
             self._weights_dtype(),
+            vocabulary=self.vocabulary,
             topology=self.topology,
             parallel=self.config.parallel,
             store=self._store(),
         )
         borrow_head(model)
         check_length(model.config, self.config.data.max_length)
+        if section.quantization is not None:
+            quantize(model, section.quantization, self.device, self.dtype)
         if section.gradient_checkpointing == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if adapter is not None:
-            return self._adapted(model, adapter)
         return cast(nn.Module, model)
 
     def _adapted(self, model: nn.Module, section: AdapterConfig) -> nn.Module:
-        """The model with a new adapter on it, or with the one to go on from."""
+        """The model with a new adapter on it, or with the one to go on from.
+
+        Raises:
+            ModelError: it has one, or a saved one is not what the configuration says.
+        """
+        if adapter_of(model) is not None:
+            raise ModelError(
+                f"{self.config.model.model_name_or_path or 'the model'} has an adapter already, and `adapter` would "
+                "put another on it; merge the first by `collie merge`, or go on with it: "
+                "adapter.adapter_name_or_path, with its base in model.model_name_or_path"
+            )
         if section.adapter_name_or_path is not None:
-            return load_adapter(model, Path(section.adapter_name_or_path), self.registry, self.topology)
+            folder = Path(section.adapter_name_or_path)
+            found = plugin_of(base_of_adapter(folder), self.registry)
+            if self.registry.find("adapter", found) != self.registry.find("adapter", section.type):
+                raise ModelError(f"the adapter in {folder} is of another type; set adapter.type to {found}")
+            return load_adapter(model, folder, self.registry, self.topology)
 
         def put_on(model: nn.Module) -> nn.Module:
             return cast(nn.Module, self.registry.build("adapter", section.type, model=model, config=section))
@@ -157,14 +212,63 @@ class Parts:
 
     @cached_property
     def eval_dataset(self) -> TokenizedDataset | None:
-        """The tokenised evaluation samples, if there are any."""
+        """The tokenised samples of `data.eval`, if there are any and something reads tokens of them."""
         rows, sources = self.given.eval_dataset, self.config.data.eval
-        return None if rows is None and not sources else self._dataset("eval", rows, sources)
+        sections = self.config.evaluation.evaluators
+        wanted = self.given.eval_fn is not None or any(self._reads_samples(own) and not own.data for own in sections)
+        return self._dataset("eval", rows, sources) if wanted and (rows is not None or sources) else None
 
-    def _dataset(self, name: Literal["train", "eval"], rows: Any, sources: Any) -> TokenizedDataset:
+    @property
+    def eval_samples(self) -> int:
+        """How many there are in `data.eval`, or without them in what the first evaluator brings."""
+        if self.eval_dataset is not None:
+            return len(self.eval_dataset)
+        section = next(filter(self.has_samples, self.config.evaluation.evaluators), None)
+        return 0 if section is None else sum(1 for _ in self.evaluator_rows(section))
+
+    def has_samples(self, section: EvaluatorConfig) -> bool:
+        """Whether an evaluator has samples to work on; the default one has none in a run without `data.eval`."""
+        return bool(section.data or self.config.data.eval) or self.given.eval_dataset is not None
+
+    def evaluator_rows(self, section: EvaluatorConfig) -> Iterator[Row]:
+        """The samples of an evaluator as they are written, in order."""
+        if not section.data and self.given.eval_dataset is not None:
+            return handed_rows(self.given.eval_dataset, "data.eval")
+        sources = map(Source, section.data or self.config.data.eval)
+        return chain.from_iterable(source.rows() for source in sources)
+
+    def evaluator_dataset(self, section: EvaluatorConfig, *, whole: bool = False) -> TokenizedDataset:
+        """The samples of an evaluator, tokenised; with `whole` none is cut, split or left out for its length."""
+        if not section.data and not whole:
+            assert self.eval_dataset is not None
+            return self.eval_dataset
+        rows = None if section.data else self.given.eval_dataset
+        key = (repr(section.data), whole)
+        if key not in self._eval_sets:
+            self._eval_sets[key] = self._dataset("eval", rows, section.data or self.config.data.eval, whole=whole)
+        return self._eval_sets[key]
+
+    def _reads_samples(self, section: EvaluatorConfig) -> bool:
+        can = cast(EvaluatorCan, self.registry.component("evaluator", section.type).can)
+        return can.reads == "samples"
+
+    def _check_evaluators(self) -> None:
+        """What is wrong with an evaluator is told now, and not at the end of training."""
+        for section in self.config.evaluation.evaluators if self.given.eval_fn is None else ():
+            if self.has_samples(section):
+                check_metrics(self.registry, section)
+                self.registry.load("evaluator", section.type)
+                next(self.evaluator_rows(section), None)
+                if self._reads_samples(section):
+                    self.evaluator_dataset(section)
+
+    def _dataset(
+        self, name: Literal["train", "eval"], rows: Any, sources: Any, *, whole: bool = False
+    ) -> TokenizedDataset:
+        data = self.config.data
         return prepare_dataset(
             sources if rows is None else rows,
-            self.config.data,
+            data.model_copy(update={"max_length": LONGEST, "long_samples": "error"}) if whole else data,
             self.tokenizer,
             vocab_size=cast(int, self.model.config.vocab_size),  # type: ignore[union-attr]
             name=name,
@@ -211,11 +315,16 @@ class Parts:
             num_workers=data.num_workers,
         )
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples per forward of one rank, in an evaluation."""
+        return self.config.evaluation.per_device_eval_batch_size or self.micro_batch_size
+
     def eval_batches(self, dataset: TokenizedDataset) -> Iterator[Batch]:
         """The evaluation samples, each on one rank only."""
         batches = eval_batches(
             dataset,
-            batch_size=self.config.evaluation.per_device_eval_batch_size or self.micro_batch_size,
+            batch_size=self.eval_batch_size,
             pad_token_id=padding_id(self.tokenizer),
             rank=self.topology.dp.rank,
             size=self.topology.dp.size,
@@ -236,11 +345,12 @@ class Parts:
 
     def _engine(self, optimizer: Optimizer, scheduler: LRScheduler) -> Step:
         dropout, seed = install_dropout(self.model, self.topology), self.config.train.seed
+        virtual_tokens = virtual_tokens_of(self.model)
         shared: dict[str, Any] = {
             "topology": self.topology,
             "loss_fn": self.given.loss_fn,
             "train_fn": self.given.train_fn,
-            "around": lambda batch: dropout.samples(seed, batch.layout),
+            "around": lambda batch: dropout.samples(seed, virtual_tokens.lengthened(batch.layout)),
         }
         if isinstance(optimizer, FusedOptimizer):
             return self._fused_engine(optimizer, scheduler, shared)
@@ -342,12 +452,23 @@ def _require_own_forward(given: HandedIn) -> None:
 
 
 def _require_whole(config: RunConfig, given: HandedIn) -> None:
-    """Refuse what a program cannot hand in when the ranks hold parts of a model.
+    """Refuse what a program cannot hand in when the ranks hold parts of a model, or its vocabulary is to grow.
 
     Raises:
-        ConfigError: a model that is not cut, or a forward pass of its own over pipeline stages.
+        ConfigError: a model that is not cut or resized, or a forward pass of its own over pipeline stages.
     """
     parallel = config.parallel
+    if given.model is not None and config.model.resize_vocabulary is not None:
+        raise ConfigError(
+            [
+                Problem(
+                    "model.resize_vocabulary",
+                    "a model that is handed in has its rows already",
+                    MISSING,
+                    "Leave it out and resize the model, or name the model in `model:`.",
+                )
+            ]
+        )
     if given.model is not None and parallel.copy_size > 1:
         raise ConfigError(
             [

@@ -31,6 +31,8 @@ from collie_core.hookspecs import (
     Adapter,
     Can,
     Component,
+    Evaluator,
+    EvaluatorCan,
     Hooks,
     Metric,
     MetricCan,
@@ -66,21 +68,36 @@ CATALOGUE = {
     ("optimizer", "lomo"): "collie-optim",
     ("optimizer", "muon"): "collie-optim",
     ("optimizer", "sophia"): "collie-optim",
+    ("adapter", "adalora"): "collie-peft",
     ("adapter", "bottleneck"): "collie-peft",
     ("adapter", "ia3"): "collie-peft",
     ("adapter", "lora"): "collie-peft",
+    ("metric", "accuracy"): "collie-metrics",
+    ("metric", "bleu"): "collie-metrics",
+    ("metric", "chrf"): "collie-metrics",
+    ("metric", "decode"): "collie-metrics",
+    ("metric", "exact-match"): "collie-metrics",
+    ("metric", "f1"): "collie-metrics",
+    ("metric", "numeric-match"): "collie-metrics",
+    ("metric", "rouge"): "collie-metrics",
+    ("metric", "token-accuracy"): "collie-metrics",
 }
 
-_CAPABILITIES: Mapping[str, type[Can]] = {"optimizer": OptimizerCan, "metric": MetricCan}
+_CAPABILITIES: Mapping[str, type[Can]] = {
+    "optimizer": OptimizerCan,
+    "metric": MetricCan,
+    "evaluator": EvaluatorCan,
+}
 _PROTOCOLS: Mapping[str, type] = {
     "model": ModelFamily,
     "adapter": Adapter,
     "metric": Metric,
+    "evaluator": Evaluator,
     "server": Server,
 }
 # Kinds whose target is an object with methods; the target of the others is called to make one.
 _OBJECTS = ("model", "adapter")
-_BUILD_HOOKS = dict(zip(KINDS, Hooks.FIRST_RESULT, strict=True))
+_BUILD_HOOKS = dict(zip([kind for kind in KINDS if kind != "tracker"], Hooks.FIRST_RESULT, strict=True))
 _HOOK_NAMES = tuple(name for name in vars(Hooks) if name.startswith("collie_"))
 
 logger = logging.getLogger("collie")
@@ -478,6 +495,17 @@ class Plugins:
             raise PluginError(f"{label} does not fit: {fault}")
         return result
 
+    def tracker(self, config: ComponentConfig) -> object:
+        """Load a tracker and make it, an object with hooks; on the main rank only. Errors as `load`, and as `build`."""
+        entry = self.find("tracker", config.type)
+        target = self.load("tracker", config.type)
+        try:
+            return target(**_fields(config))
+        except CollieError:
+            raise
+        except Exception as error:
+            raise PluginError(f"{entry} could not be built: {_cause(error)}") from error
+
     # hooks
 
     def hook_manager(self, callbacks: Sequence[object] = ()) -> pluggy.PluginManager:
@@ -496,6 +524,11 @@ class Plugins:
         manager.register(self._core, name=CORE)
         self._manager = manager
         return manager
+
+    def hooked(self, kind: str, name: str) -> list[object]:
+        """The component as the one callback that it is, when it has hooks; loads it. Errors as `load`."""
+        target = self.load(kind, name)
+        return [target] if any(_is_hook(target, attribute) for attribute in dir(target)) else []
 
     def command(self, name: str) -> Any:
         """The module of an extra verb of the command line: it has `add_arguments(parser)` and `run(args)`."""
@@ -576,8 +609,13 @@ def _bare_config(entry: Entry) -> type[ComponentConfig]:
     from pydantic import create_model
 
     from collie_core.config.base import AdapterConfig, ComponentConfig, OptimizerConfig
+    from collie_core.config.evaluation import EvaluatorConfig
 
-    bases: dict[str, type[ComponentConfig]] = {"optimizer": OptimizerConfig, "adapter": AdapterConfig}
+    bases: dict[str, type[ComponentConfig]] = {
+        "optimizer": OptimizerConfig,
+        "adapter": AdapterConfig,
+        "evaluator": EvaluatorConfig,
+    }
     base = bases.get(entry.kind, ComponentConfig)
     tag: Any = Literal[entry.name]
     title = entry.name.title().replace("-", "") + "Config"
@@ -598,11 +636,19 @@ class CoreBuilders:
         self.result: Any = None  # what was built last; another result means that a plugin substituted it
 
     def collie_build_model_partition(
-        self, target: Any, config: Any, weights: str | None, topology: Any, parallel: Any, store: Any
+        self,
+        target: Any,
+        config: Any,
+        weights: str | None,
+        vocabulary: Any,
+        topology: Any,
+        parallel: Any,
+        store: Any,
     ) -> Any:
         from collie_core.model.build import build_model
 
-        self.result = build_model(target, config, weights, topology=topology, parallel=parallel, store=store)
+        options = {"vocabulary": vocabulary, "topology": topology, "parallel": parallel, "store": store}
+        self.result = build_model(target, config, weights, **options)
         return self.result
 
     def collie_build_optimizer(self, target: Any, params: Any, config: Any) -> Any:
@@ -614,6 +660,10 @@ class CoreBuilders:
         return self.result
 
     def collie_build_metric(self, target: Any, config: Any) -> Any:
+        self.result = target(**_fields(config))
+        return self.result
+
+    def collie_build_evaluator(self, target: Any, config: Any) -> Any:
         self.result = target(**_fields(config))
         return self.result
 
@@ -732,6 +782,8 @@ def _difference(first: list[dict[str, str]], other: list[dict[str, str]], rank: 
 def _by_name(table: list[dict[str, str]]) -> dict[tuple[str, str], str]:
     origins: dict[tuple[str, str], str] = {}
     for row in table:
+        if row["kind"] == "tracker":  # the main rank alone has them
+            continue
         key = (row["kind"], row["name"])
         origin = f"{row['distribution']} {row['version']} ({row['value']})"
         origins[key] = f"{origins[key]} and {origin}" if key in origins else origin

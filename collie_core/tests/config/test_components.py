@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,9 +129,36 @@ def test_an_adapter_needs_no_learning_rate(install: Any) -> None:
 
 def test_a_metric_that_reads_something_else_is_refused(install: Any) -> None:
     component = "from collie_core.api import Component, MetricCan\n"
-    component += "BLEU = Component(build='x:y', can=MetricCan(reads='texts'))"
-    install("collie-bleu", groups={"collie.metric": {"bleu": "bleu_pack:BLEU"}}, files={"bleu_pack.py": component})
-    assert "only metrics of the token losses" in _refused(evaluation={"evaluators": ["perplexity", "bleu"]})
+    component += "NIST = Component(build='x:y', can=MetricCan(reads='texts'))"
+    install("collie-nist", groups={"collie.metric": {"nist": "nist_pack:NIST"}}, files={"nist_pack.py": component})
+    section = {"type": "perplexity", "metrics": ["perplexity", "nist"]}
+    message = _refused(evaluation={"evaluators": [section]})
+    assert "the metric nist reads texts, and perplexity gives token_losses and token_ids" in message
+    assert "It is the name of a plugin of another kind: metric" in _refused(evaluation={"evaluators": ["nist"]})
+
+
+def test_evaluators_have_names_of_their_own_and_samples(tmp_path: Path) -> None:
+    twice = ["perplexity", {"type": "perplexity", "stride": 4}]
+    assert "their results and files would have the same names" in _refused(evaluation={"evaluators": twice})
+    _config(evaluation={"evaluators": ["perplexity", {"type": "perplexity", "name": "other", "stride": 4}]})
+    assert "must match" in _refused(evaluation={"evaluators": [{"type": "perplexity", "name": "../up"}]})
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: {train: t}\nevaluation: {evaluators: [generation, {type: perplexity, data: d}]}")
+    with pytest.raises(ConfigError, match="one of them has neither data of its own nor data.eval"):
+        RunConfig.from_yaml(path, complete=True)
+    RunConfig.from_yaml(path)  # a program may hand it in
+
+
+def test_an_evaluator_of_another_package_and_its_metrics(install: Any) -> None:
+    component = "from collie_core.api import Component, EvaluatorCan\n"
+    component += "COUNT = Component(build='x:y', can=EvaluatorCan(feeds=('texts',)))"
+    install("collie-count", groups={"collie.evaluator": {"count": "count_pack:COUNT"}}, files={"count_pack.py": component})
+    config = _config(evaluation={"evaluators": [{"type": "count", "metrics": ["bleu"], "data": "d"}]})
+    (section,) = config.evaluation.evaluators
+    assert (section.prefix, section.metrics[0].type) == ("count/", "bleu")
+    assert RunConfig.from_text(config.to_yaml()) == config
+    message = _refused(evaluation={"evaluators": [{"type": "count", "metrics": [{"type": "blue"}]}]})
+    assert "evaluation.evaluators.0.metrics.0.type = 'blue': unknown metric 'blue'" in message
 
 
 def test_names_of_other_kinds_and_near_names() -> None:

@@ -25,13 +25,24 @@ BREAKS: dict[str, dict[str, Any]] = {
     "parallel.offload_optimizer": {"parallel": {"offload_optimizer": True}},
     "parallel.offload_param": {"parallel": {"zero_stage": 2, "offload_param": True}},
     "deepspeed": {"deepspeed": {"a": 1}},
+    "model.quantization": {"model": {"model_name_or_path": "m", "quantization": "nf4"}},
+    "parallel": {
+        "model": {"model_name_or_path": "m", "quantization": "int8"},
+        "parallel": {"zero_stage": 3},
+        "adapter": {"type": "special"},
+    },
     "model.config": {"model": {**LLAMA, "model_name_or_path": "m"}},
+    "model.resize_vocabulary": {"model": {**LLAMA, "resize_vocabulary": {"size": 9}}, "tokenizer": "byte"},
     "model.config.model_type": {"model": {"config": {}}, "tokenizer": "byte"},
     "tokenizer.name_or_path": {"tokenizer": {"type": "byte", "name_or_path": "x"}},
     "tokenizer": {"model": LLAMA},
     "data.train": {"data": {"eval": "e"}},
     "evaluation.steps": {"data": {"train": "t"}, "evaluation": {"steps": 1}},
+    "evaluation.epochs": {"data": {"train": "t"}, "evaluation": {"epochs": 1}},
     "evaluation.on_start": {"data": {"train": "t"}, "evaluation": {"on_start": True}},
+    "report_to": {"report_to": ["csv", "csv"]},
+    "evaluation.best": {"data": {"train": "t"}, "evaluation": {"best": {"metric": "eval/loss", "mode": "min"}}},
+    "evaluation.best.min_delta": {"evaluation": {"best": {"metric": "eval/loss", "mode": "min", "min_delta": 1}}},
     "train.max_steps": {"train": {"max_steps": 1, "num_train_epochs": 1}},
     "lr_scheduler.warmup_ratio": {"lr_scheduler": {"warmup_ratio": 0.1, "warmup_steps": 1}},
     "train.gradient_accumulation_steps fuses_backward": {"train": {"gradient_accumulation_steps": 2}},
@@ -54,8 +65,8 @@ class Config(AdapterConfig):
     type: Literal["special"] = "special"
     shy: bool = False
 
-    def refused(self, parallel):
-        return "it is shy" if self.shy and parallel.copy_size == 1 else ""
+    def refused(self, config):
+        return "it is shy" if self.shy and config.parallel.copy_size == 1 else ""
 
 SPECIAL = Component(build="nowhere:Special", config="shy_pack:Config")
 """

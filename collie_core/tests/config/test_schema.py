@@ -64,6 +64,11 @@ def test_what_is_written_out_fits(schema: dict[str, Any]) -> None:
         "parallel: {data_parallel_size: auto, zero_stage: 2}",
         "evaluation: {evaluators: [perplexity, {type: perplexity}]}",
         "report_to: tensorboard",
+        "report_to: none",
+        "report_to: {type: wandb, project: p}",
+        "report_to: [csv, {type: mlflow, experiment: e}]",
+        "evaluation: {best: {metric: eval/loss, mode: min, patience: 3}}",
+        "train: {monitors: [host, disk, network]}",
         "model: {gradient_checkpointing: true, config: {a: {b: 1}}}",
         "deepspeed: {anything: [1]}",
     ],
@@ -86,6 +91,9 @@ def test_what_the_loader_takes_fits(schema: dict[str, Any], line: str) -> None:
         "optimizer: {type: nothing}",
         "data: {train: [{pth: b}]}",
         "evaluation: {evaluators: [{type: perplexity, x: 1}]}",
+        "evaluation: {best: {metric: eval/loss}}",
+        "report_to: nowhere",
+        "train: {monitors: [hosts]}",
     ],
 )
 def test_what_the_loader_refuses_does_not_fit(schema: dict[str, Any], line: str) -> None:

@@ -16,7 +16,7 @@ from collie_core.engine.step import Step, TorchStep, stage_forward
 from collie_core.errors import RunError
 from collie_core.model.family import StockFamily
 from collie_core.model.partition import plan
-from collie_core.model.stages import Stub, borrow_head, cut, lend_head, stage_cache
+from collie_core.model.stages import Stub, borrow_head, cut, lend, stage_cache
 from collie_core.topology import Topology
 
 FAMILY = StockFamily("llama")
@@ -46,7 +46,7 @@ def make_stage(parallel: ParallelConfig, tied: bool = True) -> tuple[LlamaForCau
     if topology.pp.size > 1:
         cut(model, plan(model, FAMILY, pipeline_size=topology.pp.size), FAMILY, topology)
         borrow_head(model)
-        lend_head(model)
+        lend(model)
     return model, topology
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,7 +89,7 @@ def test_plain_output_is_one_line_per_logged_step(tmp_path: Path) -> None:
 def test_plain_evaluation_shows_results_and_answers(tmp_path: Path) -> None:
     reporter, out = plain()
     play([reporter], make_run(tmp_path))
-    assert "step 3/3  eval  loss 1.250  perplexity 3.490\n" in out.getvalue()
+    assert "step 3/3  eval\n  loss        1.250\n  perplexity  3.490\n" in out.getvalue()
     assert "  What does a cow say? → Moo.\n" in out.getvalue()
     assert "  Spell cat. → c-a⏎r  (expected: c-a-t)\n" in out.getvalue()
 
@@ -144,7 +146,7 @@ def test_terminal_shows_progress_and_results(tmp_path: Path) -> None:
     play([reporter], make_run(tmp_path))
     said = without_escapes(out.getvalue())
     assert re.search(r"3/3 ━+ loss 1\.333  lr 3\.00e-04  12\.3 k tok/s  3\.00 GiB  eta 0\.0 s", said)
-    assert "step 3/3  eval  loss 1.250" in said
+    assert re.search(r"step 3/3  eval\s+loss        1\.250\s+perplexity  3\.490", said)
     assert f"collie generate 'What does a cow say?' --model {tmp_path}/model" in said.replace("\n", "")
 
 
@@ -176,4 +178,32 @@ def test_missing_numbers_and_facts_are_left_out(tmp_path: Path) -> None:
 def test_an_evaluation_without_a_run_is_shown(tmp_path: Path) -> None:
     reporter, out = plain()
     tell([reporter], "collie_evaluated", run=make_run(tmp_path), results={"eval/loss": 1.0}, samples=[])
-    assert out.getvalue() == "step 0/3  eval  loss 1.000\n"
+    assert out.getvalue() == "step 0/3  eval\n  loss  1.000\n"
+
+
+def test_results_stand_under_each_other_with_their_change_and_a_mark_at_the_best(tmp_path: Path) -> None:
+    reporter, out = plain()
+    run = make_run(tmp_path)
+    run.config.evaluation.best = SimpleNamespace(metric="eval/accuracy", mode="max")  # type: ignore[assignment]
+    for loss, accuracy in ((2.0, 0.5), (1.5, 0.25), (1.75, 0.75), (math.nan, math.nan), (1.25, 0.75)):
+        run.step += 1
+        results = {"eval/loss": loss, "eval/accuracy": accuracy, "eval/words": 1200.0}
+        tell([reporter], "collie_evaluated", run=run, results=results, samples=[])
+    lines = out.getvalue().splitlines()
+    assert lines[1:4] == ["  loss       2.000", "  accuracy  0.5000", "  words       1200"]
+    assert lines[5:8] == [
+        "  loss       1.500      -0.5  best so far",
+        "  accuracy  0.2500     -0.25",
+        "  words       1200        +0",
+    ]
+    assert lines[9:11] == ["  loss       1.750     +0.25", "  accuracy  0.7500      +0.5  best so far"]
+    assert [line.split() for line in lines[13:15]] == [["loss", "nan"], ["accuracy", "nan"]]
+    assert [line.split() for line in lines[17:19]] == [["loss", "1.250", "best", "so", "far"], ["accuracy", "0.7500"]]
+
+
+def test_the_end_says_which_step_was_best(tmp_path: Path) -> None:
+    reporter, out = plain()
+    run = make_run(tmp_path)
+    run.best = {"step": 2, "epoch": 1.0, "metric": "eval/loss", "value": 1.25}
+    play([reporter], run)
+    assert f"best      {tmp_path}/best (eval/loss 1.250 at step 2)\n" in out.getvalue()

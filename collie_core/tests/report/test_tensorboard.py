@@ -9,9 +9,7 @@ import pytest
 from fake_runs import make_run, play, row, tell
 
 from collie_core.errors import RunError
-from collie_core.report import standard_observers
 from collie_core.report.tensorboard import TensorBoardReporter
-from collie_core.topology import Topology
 
 
 def test_scalars_can_be_read_back(tmp_path: Path) -> None:
@@ -41,20 +39,3 @@ def test_a_missing_package_is_an_error_when_built(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RunError, match=r"pip install 'collie-core\[tensorboard\]'"):
         TensorBoardReporter()
-
-
-def test_standard_observers_follow_report_to_and_rank(tmp_path: Path) -> None:
-    config = make_run(tmp_path).config
-    assert len(standard_observers(config, Topology())) == 3
-    config.report_to.append("tensorboard")
-    assert isinstance(standard_observers(config, Topology())[-1], TensorBoardReporter)
-    assert standard_observers(config, Topology(rank=1)) == []
-
-
-def test_hooks_match_their_specification(tmp_path: Path) -> None:
-    """pluggy refuses a hook with an argument that its specification does not have."""
-    from collie_core.plugins import Plugins
-
-    config = make_run(tmp_path).config
-    config.report_to.append("tensorboard")
-    Plugins.discover().hook_manager(standard_observers(config, Topology()))

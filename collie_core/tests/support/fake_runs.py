@@ -9,8 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
+
 from collie_core.generate import SampleText
 from collie_core.hookspecs import Run
+from collie_core.plugins import Plugins
 
 CONFIG = "model:\n  config: {model_type: llama}\ntrain:\n  max_steps: 3\n"
 FACTS = {
@@ -41,7 +44,10 @@ def make_run(output_dir: Path, max_steps: int = 3) -> Run:
     config = SimpleNamespace(
         to_yaml=lambda: CONFIG,
         report_to=[],
-        train=SimpleNamespace(output_dir=str(output_dir), overwrite_output_dir=False),
+        train=SimpleNamespace(output_dir=str(output_dir), overwrite_output_dir=False, monitors=[]),
+        evaluation=SimpleNamespace(best=None),
+        registry=Plugins.discover(),
+        model_dump=lambda mode: yaml.safe_load(CONFIG),
     )
     nothing: Any = None
     return Run(config, nothing, nothing, output_dir, max_steps, facts=dict(FACTS))  # type: ignore[arg-type]

@@ -81,6 +81,8 @@ def _serve() -> None:
 
     if importlib.util.find_spec("deepspeed") is not None:
         import deepspeed  # noqa: F401
+    if importlib.util.find_spec("peft") is not None:
+        import peft  # noqa: F401
 
     torch.set_num_threads(1)
     while True:

@@ -1,4 +1,4 @@
-"""`collie eval run.yaml`: the configured evaluators over `data.eval`, without training."""
+"""`collie eval run.yaml`: the configured evaluators, without training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         args.overrides += [model, "tokenizer={type: pretrained}", "adapter=null"]
     with launch.reported_to_launcher() as agree:
         config = load_config(args)
-        if not config.data.eval:
+        if not config.data.eval and not any(evaluator.data for evaluator in config.evaluation.evaluators):
             raise RunError("data.eval is empty: nothing to evaluate; set data.eval to a file or a split")
         processes = launch.processes_to_start(args.nproc, config.parallel)
         if processes > 1:
@@ -44,13 +44,14 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(config, observers=())
         results = trainer.evaluate()
         if trainer.topology.is_main:
-            _show(results, as_json=args.json)
+            _show({**results, **trainer.details}, as_json=args.json)
     return 0
 
 
-def _show(results: Mapping[str, float], *, as_json: bool) -> None:
+def _show(results: Mapping[str, float | str], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results))
     else:
         width = max(map(len, results))
-        print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in results.items()))
+        for name, value in results.items():
+            print(f"{name:<{width}}  {value}" if isinstance(value, str) else f"{name:<{width}}  {value:.6g}")

@@ -57,7 +57,8 @@ def _plugins(config: RunConfig) -> list[str]:
     """Each plugin that the configuration names, with the distribution it comes from."""
     named = [("optimizer", config.optimizer.type)]
     named += [("adapter", config.adapter.type)] if config.adapter else []
-    named += [("metric", evaluator.type) for evaluator in config.evaluation.evaluators]
+    for evaluator in config.evaluation.evaluators:
+        named += [("evaluator", evaluator.type), *(("metric", metric.type) for metric in evaluator.metrics)]
     origins = [_origin(config, kind, name) for kind, name in named]
     return [_model(config), *origins]
 

@@ -91,6 +91,7 @@ ALIASES: Mapping[str, Alias] = {
     # evaluation
     "eval_steps": Alias("evaluation.steps"),
     "eval_per_n_steps": Alias("evaluation.steps"),
+    "eval_per_n_epochs": Alias("evaluation.epochs"),
     "eval_batch_size": Alias("evaluation.per_device_eval_batch_size"),
     "evaluation.batch_size": Alias("evaluation.per_device_eval_batch_size"),
     # adapter

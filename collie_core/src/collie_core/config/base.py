@@ -17,7 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
-    from collie_core.config.parallel import ParallelConfig
+    from collie_core.config.run import RunConfig
 
 LARGEST = 2**63 - 1  # what torch, numpy and a C long hold
 
@@ -110,8 +110,8 @@ class AdapterConfig(ComponentConfig):
         None, description="A saved adapter to go on from. It brings its own options, so none is written beside it."
     )
 
-    def refused(self, parallel: ParallelConfig) -> str:
-        """Why this adapter cannot be trained with these sizes; "" when it can. For plugins to override."""
+    def refused(self, config: RunConfig) -> str:
+        """Why this adapter cannot be trained in this run; "" when it can. For plugins to override."""
         return ""
 
 

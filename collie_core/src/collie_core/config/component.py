@@ -54,7 +54,8 @@ class OfKind:
         if not isinstance(name := value.get("type", self.default), str):
             raise _at_type("string_type", "must be text", name)
         model = registry_model(registry, self.kind, base, name)
-        section = model.model_validate({**value, "type": _own_name(model, name)})
+        written = {**value, "type": _own_name(model, name)}
+        section = model.model_validate(written, context={"registry": registry})  # it may hold sections of plugins
         return section.model_copy(update={"type": name}) if ":" in name else section
 
 

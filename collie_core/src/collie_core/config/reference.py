@@ -50,7 +50,7 @@ def configuration_page() -> str:
 
 
 def _section(name: str, section: Schema, shared: Schema) -> Iterator[str]:
-    """The table of a section, then those of the items of its lists."""
+    """The table of a section, then those of the sections in it and of the items of its lists."""
     properties = section["properties"]
     yield from ("", *_table(properties.items(), section, shared), "")
     items: dict[str, tuple[list[str], Schema]] = {}
@@ -58,11 +58,13 @@ def _section(name: str, section: Schema, shared: Schema) -> Iterator[str]:
         item = _model(field, shared)
         kind = _component(field, shared)
         if kind is not None:
-            yield from _choices(kind, shared)
+            for each in (kind, *_kinds_inside(kind, shared)):
+                yield from _choices(each, shared)
         elif item is not None:
-            items.setdefault(str(item["title"]), ([], item))[0].append(f"`{name}.{key}`")
+            keys = items.setdefault(str(item["title"]), ([], item))[0]
+            keys.append(f"{'An item of ' if _is_list(field) and not keys else ''}`{name}.{key}`")
     for keys, item in items.values():
-        yield from (f"### An item of {' and '.join(keys)}", "", *_table(item["properties"].items(), item, shared), "")
+        yield from (f"### {' and '.join(keys)}", "", *_table(item["properties"].items(), item, shared), "")
 
 
 def _choices(kind: str, shared: Schema) -> Iterator[str]:
@@ -75,6 +77,13 @@ def _choices(kind: str, shared: Schema) -> Iterator[str]:
         yield from ("", f"### {kind} `type: {section['title']}`", "", f"From {distribution}: {summary}.", "")
         yield from _table(fields, section, shared) if fields else ("It has no other keys.",)
     yield ""
+
+
+def _kinds_inside(kind: str, shared: Schema) -> list[str]:
+    """The kinds of plugins whose sections stand in those of a kind, as metrics do in evaluators."""
+    sections = [section for key, section in shared.items() if key.startswith(f"{kind}.")]
+    found = (_component(field, shared) for section in sections for field in section["properties"].values())
+    return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def _table(fields: Any, section: Schema, shared: Schema) -> Iterator[str]:
@@ -145,6 +154,10 @@ def _model(field: Schema, shared: Schema) -> Schema | None:
             section: Schema = shared[name]
             return section
     return None
+
+
+def _is_list(field: Schema) -> bool:
+    return any(option.get("type") == "array" for option in (field, *field.get("anyOf", ())))
 
 
 def _component(field: Schema, shared: Schema) -> str | None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from collie_core.config.batch import batch_sizes, impossible_batch
+from collie_core.config.evaluation import EvaluationConfig
 from collie_core.config.split import impossible_split
 from collie_core.errors import MISSING, ConfigError, Problem
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
-    from collie_core.hookspecs import OptimizerCan
+    from collie_core.hookspecs import EvaluatorCan, MetricCan, OptimizerCan
 
 
 Part = Literal["", "model", "tokenizer", "train_data", "eval_data"]
@@ -25,7 +26,7 @@ class Rule:
 
     key: str
     what: str
-    why: str
+    why: str | Callable[[RunConfig], str]  # a function: the reason is a plugin's
     fix: str
     broken: Callable[[RunConfig], bool]
     part: Part = ""  # what a program may hand in instead, which makes the rule void
@@ -80,13 +81,26 @@ def _with_fused(rule: Rule) -> Rule:
     )
 
 
-PLUGIN_REFUSES = Rule(
-    "adapter.type",
-    "an `adapter:` whose plugin refuses the `parallel:` sizes",
-    "the plugin says why",
-    "",
-    lambda config: config.adapter is not None and bool(config.adapter.refused(config.parallel)),
-)
+def _refused_by_adapter(config: RunConfig) -> str:
+    return "" if config.adapter is None else config.adapter.refused(config)
+
+
+def _nothing_to_evaluate(config: RunConfig) -> bool:
+    return not config.data.eval and not any(evaluator.data for evaluator in config.evaluation.evaluators)
+
+
+def _unfed_metric(config: RunConfig) -> str:
+    """Which metric reads something else than its evaluator gives; "" when none does."""
+    for evaluator in config.evaluation.evaluators:
+        feeds = cast("EvaluatorCan", config.registry.component("evaluator", evaluator.type).can).feeds
+        for metric in evaluator.metrics:
+            reads = cast("MetricCan", config.registry.component("metric", metric.type).can).reads
+            if reads not in feeds:
+                given = " and ".join(feeds) or "nothing"
+                return f"the metric {metric.type} reads {reads}, and {evaluator.known_as} gives {given}"
+    return ""
+
+
 RULES = (
     Rule(
         "model.model_name_or_path",
@@ -120,7 +134,13 @@ RULES = (
         "Set parallel.zero_stage to 2 or less; the stages have taken the parameters apart already.",
         lambda config: config.parallel.zero_stage == 3 and config.parallel.pipeline_parallel_size > 1,
     ),
-    PLUGIN_REFUSES,
+    Rule(
+        "adapter.type",
+        "an `adapter:` whose plugin refuses what stands elsewhere",
+        _refused_by_adapter,
+        "",
+        lambda config: bool(_refused_by_adapter(config)),
+    ),
     Rule(
         "adapter.adapter_name_or_path",
         "`adapter.adapter_name_or_path` with other options of the adapter",
@@ -176,6 +196,30 @@ RULES = (
         lambda config: config.model.config is not None and not isinstance(config.model.config.get("model_type"), str),
     ),
     Rule(
+        "model.resize_vocabulary",
+        "`model.resize_vocabulary` with `model.config`",
+        "rows are added to pretrained weights, and random ones have any number from the start",
+        "Set model.config.vocab_size, and give the tokenizer its tokens beforehand.",
+        lambda config: config.model.resize_vocabulary is not None and config.model.config is not None,
+    ),
+    Rule(
+        "model.quantization",
+        "`model.quantization` without an `adapter:`",
+        "quantized weights cannot be trained",
+        "Add an adapter, or remove model.quantization.",
+        lambda config: config.model.quantization is not None and config.adapter is None,
+    ),
+    Rule(
+        "parallel",
+        "`model.quantization` with `parallel.tensor_parallel_size` above 1 or `zero_stage: 3`",
+        "quantized weights are packed integers, which ranks cannot share",
+        "Set tensor_parallel_size to 1 and zero_stage to 2 or less; pipeline_parallel_size shares the model by layers.",
+        lambda config: (
+            config.model.quantization is not None
+            and (config.parallel.tensor_parallel_size > 1 or config.parallel.zero_stage == 3)
+        ),
+    ),
+    Rule(
         "adapter",
         "an `adapter:` with `model.config`",
         "an adapter is saved without its base model, and these random weights would be lost",
@@ -215,7 +259,15 @@ RULES = (
         "`evaluation.steps` without `data.eval`",
         "there is nothing to evaluate on",
         "Set data.eval to a file or a split, or remove evaluation.steps.",
-        lambda config: config.evaluation.steps is not None and not config.data.eval,
+        lambda config: config.evaluation.steps is not None and _nothing_to_evaluate(config),
+        part="eval_data",
+    ),
+    Rule(
+        "evaluation.epochs",
+        "`evaluation.epochs` without `data.eval`",
+        "there is nothing to evaluate on",
+        "Set data.eval to a file or a split, or remove evaluation.epochs.",
+        lambda config: config.evaluation.epochs is not None and _nothing_to_evaluate(config),
         part="eval_data",
     ),
     Rule(
@@ -223,8 +275,34 @@ RULES = (
         "`evaluation.on_start` without `data.eval`",
         "there is nothing to evaluate on",
         "Set data.eval to a file or a split, or remove evaluation.on_start.",
-        lambda config: config.evaluation.on_start and not config.data.eval,
+        lambda config: config.evaluation.on_start and _nothing_to_evaluate(config),
         part="eval_data",
+    ),
+    Rule(
+        "report_to",
+        "a tracker that `report_to` names twice",
+        "both would record the same run in the same place",
+        "Keep one of them.",
+        lambda config: len({tracker.type for tracker in config.report_to}) < len(config.report_to),
+    ),
+    Rule(
+        "evaluation.best",
+        "`evaluation.best` without `data.eval`",
+        "there is nothing to evaluate on",
+        "Set data.eval to a file or a split, or remove evaluation.best.",
+        lambda config: config.evaluation.best is not None and _nothing_to_evaluate(config),
+        part="eval_data",
+    ),
+    Rule(
+        "evaluation.best.min_delta",
+        "`evaluation.best.min_delta` without `evaluation.best.patience`",
+        "it says what counts as an improvement for patience, and nothing waits",
+        "Set evaluation.best.patience, or remove it.",
+        lambda config: (
+            config.evaluation.best is not None
+            and config.evaluation.best.min_delta > 0
+            and config.evaluation.best.patience is None
+        ),
     ),
     Rule(
         "train.max_steps",
@@ -242,13 +320,32 @@ RULES = (
     ),
     Rule(
         "evaluation.evaluators",
-        "a metric that does not read token losses under `evaluation.evaluators`",
-        "only metrics of the token losses can be evaluated: this version generates no text to measure",
-        "Use perplexity.",
-        lambda config: any(
-            config.registry.component("metric", evaluator.type).can.reads != "token_losses"  # type: ignore[attr-defined]
-            for evaluator in config.evaluation.evaluators
+        "a metric under an evaluator that does not give what it reads",
+        _unfed_metric,
+        "Put it under another evaluator: generation for texts, classification for choices, perplexity for tokens.",
+        lambda config: bool(_unfed_metric(config)),
+    ),
+    Rule(
+        "evaluation.evaluators",
+        "two items of `evaluation.evaluators` with one name",
+        "their results and files would have the same names",
+        "Set `name` of one of them; without it, `type` is the name.",
+        lambda config: (
+            len({evaluator.known_as for evaluator in config.evaluation.evaluators})
+            < len(config.evaluation.evaluators)
         ),
+    ),
+    Rule(
+        "evaluation.evaluators",
+        "an evaluator without samples",
+        "one of them has neither data of its own nor data.eval",
+        "Set its `data`, or data.eval.",
+        lambda config: (
+            config.evaluation.evaluators != EvaluationConfig().evaluators
+            and not config.data.eval
+            and not all(evaluator.data for evaluator in config.evaluation.evaluators)
+        ),
+        part="eval_data",
     ),
 )
 
@@ -278,26 +375,25 @@ def require_fusable(config: RunConfig, data_parallel_size: int) -> None:
         raise ConfigError(found)
 
 
-def require_parts(config: RunConfig, *, model: bool, train_data: bool) -> None:
+def require_parts(config: RunConfig, *, model: bool, train_data: bool, eval_data: bool = True) -> None:
     """Refuse a run that lacks what neither the configuration nor the program gives.
 
     Args:
         model: whether the program hands in a model.
         train_data: whether it hands in training samples.
+        eval_data: whether it hands in evaluation samples, or they are not asked for.
 
     Raises:
         ConfigError: one of them is missing.
     """
-    needed = {"model": model, "train_data": train_data}
+    needed = {"model": model, "train_data": train_data, "eval_data": eval_data}
     missing = [rule for rule in RULES if needed.get(rule.part) is False and rule.broken(config)]
     if missing:
         raise ConfigError([_problem(config, rule) for rule in missing])
 
 
 def _problem(config: RunConfig, rule: Rule) -> Problem:
-    why = rule.why
-    if rule is PLUGIN_REFUSES and config.adapter is not None:
-        why = config.adapter.refused(config.parallel)
+    why = rule.why if isinstance(rule.why, str) else rule.why(config)
     return Problem(rule.key, why, value(config, rule.key), rule.fix)
 
 
@@ -311,7 +407,10 @@ def value(config: RunConfig, key: str) -> object:
 
 def compatibility_page() -> str:
     """docs/compatibility.md."""
-    rows = [f"| {rule.what} | {rule.why} | {rule.fix} |" for rule in RULES]
+    rows = [
+        f"| {rule.what} | {rule.why if isinstance(rule.why, str) else 'the plugin says why'} | {rule.fix} |"
+        for rule in RULES
+    ]
     return "\n".join([_PAGE, *rows, ""])
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from collie_core.config import aliases, problems, rules
-from collie_core.config.base import AdapterConfig, ConfigModel, OptimizerConfig, PlainMapping
+from collie_core.config.base import AdapterConfig, ComponentConfig, ConfigModel, OptimizerConfig, PlainMapping
 from collie_core.config.batch import BatchSizes, batch_sizes
 from collie_core.config.component import OfKind
 from collie_core.config.data import DataConfig
@@ -36,7 +36,10 @@ def _typed(value: Any) -> Any:
 
 def _trackers(value: Any) -> Any:
     """One tracker without its list; `none` as other tools write it."""
-    return [name for name in [value] if name != "none"] if isinstance(value, str) else value
+    return [one for one in [value] if one != "none"] if isinstance(value, str | Mapping | ComponentConfig) else value
+
+
+_Tracker = Annotated[ComponentConfig, OfKind("tracker")]
 
 
 class PluginsConfig(ConfigModel):
@@ -74,11 +77,9 @@ class RunConfig(ConfigModel):
     )
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="When and how the model is measured.")
     report_to: Annotated[
-        list[Literal["tensorboard"]],
-        BeforeValidator(
-            _trackers, json_schema_input_type=Literal["tensorboard", "none"] | list[Literal["tensorboard"]]
-        ),
-    ] = Field([], description="Trackers, besides metrics.jsonl and report.html.")
+        list[_Tracker],
+        BeforeValidator(_trackers, json_schema_input_type=_Tracker | Literal["none"] | list[_Tracker]),
+    ] = Field([], description="Trackers, besides metrics.jsonl and report.html: names, or sections with `type`.")
     deepspeed: PlainMapping = Field({}, description="Keys laid over the DeepSpeed configuration that CoLLiE makes.")
     plugins: PluginsConfig = Field(PluginsConfig(), description="Installed plugins.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from collie_core.config.base import ConfigModel
@@ -23,6 +25,11 @@ class TrainConfig(ConfigModel):
     )
     max_grad_norm: float | None = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never.")
     seed: NonNegativeInt = Field(42, lt=2**31, description="Of weights, dropout and the order of samples.")
-    logging_steps: PositiveInt = Field(1, description="Steps between two rows of metrics.jsonl.")
+    logging_steps: PositiveInt = Field(
+        1, description="Steps between two rows of metrics.jsonl; an evaluation has one too."
+    )
+    monitors: list[Literal["host", "disk", "network"]] = Field(
+        [], description="Numbers of the main rank's machine in each row: CPU and memory, disk traffic, network traffic."
+    )
     output_dir: str = Field("runs/run", min_length=1, description="The folder of this run.")
     overwrite_output_dir: bool = Field(False, description="Replace the run that output_dir holds already.")

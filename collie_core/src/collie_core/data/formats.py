@@ -168,16 +168,13 @@ class Encoder:
                 f"{row.origin}: a text has no {train_on} of its own, 100 % of its tokens would be targets "
                 f"against data.train_on={train_on}; set data.train_on to auto or all"
             )
-        text = _string(row, "text")
+        text = text_of(row, "text")
         return MarkedText(text, [(0, len(text))])
 
     def _completion(self, row: Row) -> MarkedText:
         names = next((pair for pair in PAIRS if pair[0] in row.values), PAIRS[0])
-        if "instruction" in row.values:
-            raise DataError(
-                f"{row.origin}: the column instruction would be ignored; write it into {names[0]}, or have messages"
-            )
-        prompt, answer = (_string(row, name) for name in names)
+        refuse_instruction(row, names[0])
+        prompt, answer = (text_of(row, name) for name in names)
         start = 0 if self.data.train_on == "all" else len(prompt)
         return MarkedText(prompt + answer, [(start, len(prompt) + len(answer))])
 
@@ -187,7 +184,7 @@ class Encoder:
                 f"{row.origin}: a conversation needs a chat template and the tokenizer has none; set "
                 "data.chat_template to chatml, a file, or a Jinja template"
             )
-        conversation = Conversation(row, _messages(row), _tools(row), self.template, self.tokenizer)
+        conversation = Conversation(row, messages_of(row), tools_of(row), self.template, self.tokenizer)
         if self.data.train_on == "all":
             return MarkedText(conversation.text, [(0, len(conversation.text))])
         spans = conversation.assistant_spans()
@@ -227,8 +224,8 @@ class Encoder:
         labels[-1] = end
 
     def _labelled(self, row: Row) -> Sample:
-        ids = _integers(row, "input_ids")
-        labels = _integers(row, "labels") if "labels" in row.values else [*ids]
+        ids = integers_of(row, "input_ids")
+        labels = integers_of(row, "labels") if "labels" in row.values else [*ids]
         if len(ids) != len(labels):
             raise DataError(f"{row.origin}: {len(ids)} input_ids but {len(labels)} labels")
         if 0 in row.values.get("attention_mask", ()):
@@ -332,6 +329,10 @@ class Conversation:
         self.tokenizer = tokenizer
         self.text, self._tagged = self._render(len(messages))
 
+    def prompt(self) -> str:
+        """The whole of it, and what the template writes before the assistant's next turn."""
+        return self._render(len(self.messages), prompt=True)[0]
+
     def assistant_spans(self) -> list[Span]:
         """Where the assistant speaks: what the template tags, or from the prompt for a turn to the end of it.
 
@@ -375,7 +376,7 @@ class Conversation:
         return texts[0], spans[0] if tagged else []
 
 
-def _messages(row: Row) -> list[dict[str, Any]]:
+def messages_of(row: Row) -> list[dict[str, Any]]:
     """The turns with the roles of the transformers templates; `system` may stand beside ShareGPT's turns."""
     name = "messages" if "messages" in row.values else "conversations"
     turns = _column(row, name)
@@ -384,7 +385,7 @@ def _messages(row: Row) -> list[dict[str, Any]]:
     messages = [_message(row, turn) for turn in turns]
     system = row.values.get("system")
     if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _string(row, "system")})
+        messages.insert(0, {"role": "system", "content": text_of(row, "system")})
     return messages
 
 
@@ -407,7 +408,7 @@ def _message(row: Row, written: Any) -> dict[str, Any]:
     return turn
 
 
-def _tools(row: Row) -> list[Mapping[str, Any]] | None:
+def tools_of(row: Row) -> list[Mapping[str, Any]] | None:
     """The tools of a row, in the form {"type": "function", "function": {...}} that templates expect."""
     tools = row.values.get("tools")
     if isinstance(tools, str):
@@ -432,7 +433,16 @@ def _column(row: Row, name: str) -> Any:
     return row.values[name]
 
 
-def _string(row: Row, name: str) -> str:
+def refuse_instruction(row: Row, prompt: str) -> None:
+    """Refuse a column that nothing reads and that says what is to be done."""
+    if "instruction" in row.values:
+        raise DataError(
+            f"{row.origin}: the column instruction would be ignored; write it into {prompt}, or have messages"
+        )
+
+
+def text_of(row: Row, name: str) -> str:
+    """The text in a column."""
     value = _column(row, name)
     if not isinstance(value, str):
         raise DataError(f"{row.origin}: {name} must be text, not {type(value).__name__}")
@@ -447,7 +457,8 @@ def _check_characters(row: Row, name: str, value: str) -> None:
         raise DataError(f"{row.origin}: {name} holds half of a surrogate pair, which is no character") from error
 
 
-def _integers(row: Row, name: str) -> list[int]:
+def integers_of(row: Row, name: str) -> list[int]:
+    """The whole numbers in a column."""
     value = _column(row, name)
     items = value.tolist() if hasattr(value, "tolist") else value  # rows of a data set in numpy or torch format
     if not isinstance(items, list) or not {*map(type, items)} <= {int}:

@@ -26,7 +26,7 @@ from collie_core.engine.step import (
 from collie_core.engine.zero3 import gathered_on_first
 from collie_core.errors import RunError
 from collie_core.model.shard import install_gradient_hooks
-from collie_core.model.stages import embedding_weight, lend_head, receive_head_gradient, return_head_gradient
+from collie_core.model.stages import lend, receive_gradients, return_gradients
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -61,7 +61,7 @@ class DeepSpeedStep:
         self.curvature = curvature
         self.stage = int(config["zero_optimization"]["stage"])
         install_gradient_hooks(model)
-        lend_head(model)  # in the precision of the engine
+        lend(model)  # in the precision of the engine
 
     @property
     def model(self) -> nn.Module:
@@ -83,7 +83,7 @@ class DeepSpeedStep:
         if self.curvature is not None and self.curvature.optimizer.curvature_due():
             self._estimate(self.curvature, batches, target_tokens)
         total = run_micro_batches(self, batches, target_tokens, self._backward)
-        return_head_gradient(self.engine.module)
+        return_gradients(self.engine.module)
         if self.topology.dp.size > 1:
             dist.all_reduce(total, group=self.topology.dp.group)
         return loss_of_copy(total, self.topology)
@@ -91,7 +91,7 @@ class DeepSpeedStep:
     def _estimate(self, curvature: Curvature, batches: Sequence[Batch], target_tokens: int) -> None:
         """One more forward and backward, whose gradients reach the optimizer partitioned, as any others do."""
         run_micro_batches(self, batches, target_tokens, self._backward, curvature.relabel)
-        return_head_gradient(self.engine.module)
+        return_gradients(self.engine.module)
         clipping, self.engine.optimizer.clip_grad = self.engine.optimizer.clip_grad, 0.0
         with curvature.optimizer.estimating(target_tokens):
             self.engine.step()
@@ -103,12 +103,11 @@ class DeepSpeedStep:
         if gradient is None:
             self.engine.backward(output * self.topology.dp.size)
             return
-        lent = receive_head_gradient(self.engine.module) if last else None
         # DeepSpeed starts from a scalar; the gradient of this one by the output is the gradient that came.
         scale = self.engine.optimizer.loss_scale if self.engine.fp16_enabled() else 1.0  # which it multiplies in again
         scalar = (output.float() * (gradient.float() / scale)).sum()
-        if lent is not None:
-            scalar = scalar + (embedding_weight(self.engine.module).float() * (lent.float() / scale)).sum()
+        for lent, its_gradient in receive_gradients(self.engine.module) if last else ():
+            scalar = scalar + (lent.float() * (its_gradient.float() / scale)).sum()
         self.engine.backward(scalar)
 
     def update(self) -> float:
@@ -124,7 +123,7 @@ class DeepSpeedStep:
             self.scheduler.step()
         elif not self.engine.fp16_enabled():
             raise RunError(NOT_A_NUMBER.format(norm=norm))
-        lend_head(self.engine.module)
+        lend(self.engine.module)
         return norm
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:

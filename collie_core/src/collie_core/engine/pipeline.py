@@ -111,6 +111,7 @@ class _Wire:
         self.previous = None if stage.is_first else ranks[own - 1]
         self.next = None if stage.is_last else ranks[own + 1]
         self.hidden_size = stage.hidden_size
+        self.virtual_tokens = stage.virtual_tokens
         self.dtype = wire_dtype(model)
         self.device = next(model.parameters()).device
 
@@ -144,4 +145,6 @@ class _Wire:
         return gradient.contiguous(), self.previous
 
     def _empty(self, batch: Batch) -> Tensor:
-        return torch.empty(*batch.input_ids.shape, self.hidden_size, dtype=self.dtype, device=self.device)
+        rows, length = batch.input_ids.shape
+        shape = (rows, length + self.virtual_tokens, self.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

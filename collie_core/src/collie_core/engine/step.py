@@ -21,14 +21,7 @@ from collie_core.engine.pipeline import Backward, one_forward_one_backward
 from collie_core.errors import RunError
 from collie_core.model.adapters import UNUSED
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
-from collie_core.model.stages import (
-    embedding_weight,
-    lend_head,
-    own_part,
-    receive_head_gradient,
-    return_head_gradient,
-    stage_of,
-)
+from collie_core.model.stages import lend, own_part, receive_gradients, return_gradients, stage_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -265,7 +258,7 @@ class TorchStep:
     def _gradients(self, batches: Sequence[Batch], target_tokens: int, relabel: Relabel | None = None) -> Tensor:
         """Gradients of the global batch; returns the loss on the last stage."""
         total = run_micro_batches(self, batches, target_tokens, self._backward, relabel)
-        return_head_gradient(self._model)
+        return_gradients(self._model)
         self._sum_over_data(total)
         return total
 
@@ -274,9 +267,8 @@ class TorchStep:
             self.scaler.scale(output).backward()
             return
         output.backward(gradient)
-        if last and (lent := receive_head_gradient(self._model)) is not None:
-            weight = embedding_weight(self._model)
-            weight.grad = lent if weight.grad is None else weight.grad.add_(lent)
+        for lent, its_gradient in receive_gradients(self._model) if last else ():
+            lent.backward(its_gradient)
 
     def update(self) -> float:
         """See `Step`. A step whose float16 gradients overflowed is skipped; its norm is returned as it is.
@@ -297,7 +289,7 @@ class TorchStep:
         if self.scaler.get_scale() >= scale:  # not skipped
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        lend_head(self._model)
+        lend(self._model)
         return float(norm)
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch.nn import functional as F
-
-from collie_core.engine.pipeline import forward_only
-from collie_core.engine.step import stage_forward
-from collie_core.model.shard import Vocabulary, cross_entropy, sharded_logits, vocabulary_of
+from collie_core.data.loader import IGNORE
+from collie_core.errors import ConfigError, Problem
+from collie_core.evaluate.scoring import target_scores
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from collie_core.data.dataset import TokenizedDataset
     from collie_core.data.loader import Batch
-    from collie_core.hookspecs import Metric
+    from collie_core.evaluate.context import EvaluationContext, Outcome
 
 
 class Perplexity:
@@ -46,48 +43,84 @@ class Perplexity:
         return {"loss": loss, "perplexity": math.exp(loss) if loss < 709 else math.inf}
 
 
-def token_losses(logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None = None) -> tuple[Tensor, Tensor]:
-    """Losses [N] in nats and ids [N] of the target tokens.
+class Window(NamedTuple):
+    """The tokens `begin` to `stop` of a sample, of which those from `score` on count."""
 
-    `logits` [B, L, V], or of this rank's share of the vocabulary, at a position predict the token after it; `labels`
-    [B, L] hold targets at their own position, -100 elsewhere.
-    """
-    targets = labels[:, 1:]
-    chosen = targets != -100
-    ids = targets[chosen]
-    wanted = logits[:, :-1][chosen]
-    if vocabulary is not None:
-        return cross_entropy(wanted, ids, vocabulary), ids
-    return F.cross_entropy(wanted.float(), ids, reduction="none"), ids
+    sample: int
+    begin: int
+    stop: int
+    score: int
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and without gradients; afterwards the model is in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+class PerplexityEvaluator:
+    """Feeds metrics of token losses, and of the tokens that the model expects.
 
-
-def feed(
-    metrics: Sequence[Metric], model: nn.Module, batches: Iterable[Batch], precision: AbstractContextManager[Any]
-) -> None:
-    """Run the model over `batches` and give each metric the token losses; in a pipeline, on its last stage.
-
-    Tensor-parallel ranks all get the same losses: only one of them may be counted.
+    Args:
+        stride: how far a window moves over a sample that is longer than it; None: samples are cut as `data:` says.
+        window: its tokens; None: `data.max_length`.
     """
 
-    def forward(batch: Batch, hidden: Tensor | None) -> Tensor:
-        with precision, sharded_logits(model):
-            return stage_forward(model, batch, hidden).logits  # type: ignore[no-any-return]
+    def __init__(self, stride: int | None = None, window: int | None = None) -> None:
+        self.stride = stride
+        self.window = window
 
-    vocabulary = vocabulary_of(model)
-    for batch, logits in forward_only(model, iter(batches), forward):
-        if logits is not None:
-            losses, ids = token_losses(logits, batch.labels, vocabulary)
-            for metric in metrics:
-                metric.update(losses, ids)
+    def evaluate(self, context: EvaluationContext) -> Outcome:
+        """See `Evaluator`.
+
+        Raises:
+            ConfigError: the window is longer than what the model was built for, or does not overlap the next.
+        """
+        dataset = context.dataset(whole=self.stride is not None)
+        expected = context.wants("token_ids")
+        for batch, logits in context.forward(self._batches(context, dataset)):
+            if logits is not None:
+                scores = target_scores(logits, batch.labels, context.vocabulary, expected=expected)
+                context.feed("token_losses", scores.losses, scores.ids)
+                if scores.expected is not None:
+                    context.feed("token_ids", scores.expected, scores.ids)
+        return context.outcome()
+
+    def _batches(self, context: EvaluationContext, dataset: TokenizedDataset) -> Iterator[Batch]:
+        lengths = map(int, dataset.lengths)
+        if self.stride is None:
+            found: Iterable[Window] = (Window(sample, 0, length, 0) for sample, length in enumerate(lengths))
+        else:
+            size = self._size(context, self.stride)
+            stride = self.stride
+            found = (part for sample, length in enumerate(lengths) for part in windows(sample, length, size, stride))
+        for _, share in context.deal(found):
+            yield context.collate([_cut(dataset[part.sample], part) for part in share])
+
+    def _size(self, context: EvaluationContext, stride: int) -> int:
+        size, limit = self.window or context.data.max_length, context.positions
+        if limit is not None and size > limit:
+            raise _refusal("window", f"is longer than the {limit} positions of the model", size, "Set it lower.")
+        if stride >= size:
+            raise _refusal(
+                "stride",
+                f"must be below the window of {size} tokens, so that every token has one before it",
+                stride,
+                "Set it lower.",
+            )
+        return size
+
+
+def windows(sample: int, length: int, size: int, stride: int) -> Iterator[Window]:
+    """Windows of `size` tokens over a sample, each `stride` after the one before; every token counts in one."""
+    scored = 0
+    for begin in range(0, length, stride):
+        stop = min(begin + size, length)
+        yield Window(sample, begin, stop, scored)
+        scored = stop
+        if stop == length:
+            return
+
+
+def _cut(sample: Mapping[str, Any], part: Window) -> dict[str, Any]:
+    labels = sample["labels"][part.begin : part.stop].copy()
+    labels[: part.score - part.begin] = IGNORE
+    return {"input_ids": sample["input_ids"][part.begin : part.stop], "labels": labels}
+
+
+def _refusal(field: str, rule: str, value: int, hint: str) -> ConfigError:
+    return ConfigError([Problem(f"evaluation.evaluators: perplexity.{field}", rule, value, hint)])

@@ -82,14 +82,36 @@ def attach(model: nn.Module, adapter: Adapter, put_on: PutOn, topology: Topology
         hollow = _hollow(part, model)
         before = {id(module): name for name, module in hollow.named_modules() if name}
         whole = put_on(hollow)
+        torch.manual_seed(seed)
         if _holds_one(model, _holders(whole, before)):
             model = _put_on_part(model, adapter, put_on, topology.tp)
         else:
-            _freeze(model)
+            model.requires_grad_(False)
+        if not trainable(model):  # engines need something to work on; it is never used
+            model.register_parameter(UNUSED, nn.Parameter(torch.zeros(1)))
         placements = _keep_own_slices(model, whole, adapter, topology)
+    if part is not None:
+        _require_tied(part, placements)
     model.collie_adapter = AdapterPart(placements, topology, whole)  # type: ignore[assignment]
     settle_blocks(model)
     return model
+
+
+def _require_tied(part: Part, placements: Mapping[str, Placement]) -> None:
+    """Refuse a trained copy of a matrix that is embedding and head at once: only one of them would be the copy.
+
+    Raises:
+        ModelError: there is one.
+    """
+    ends = (f"{part.partition.embedding}.", f"{part.partition.head}.")
+    for name, placement in placements.items():
+        end = next((end for end in ends if name.startswith(end)), "")
+        whole = part.partition.placements.get(f"{end}weight")
+        if part.partition.tied and whole is not None and placement.shape == whole.shape:
+            raise ModelError(
+                f"modules_to_save trains a copy of {end.rstrip('.')}, and in this model embedding and head are one "
+                "matrix (tie_word_embeddings), which the copy would part; leave it out, or train the whole model"
+            )
 
 
 # -- values ---------------------------------------------------------------------------------------------------------
@@ -174,12 +196,6 @@ def _known(module: nn.Module, before: Mapping[int, str]) -> str:
 def _holds_one(model: nn.Module, names: set[str]) -> bool:
     """Whether this rank has one of these modules."""
     return any(name in names and not isinstance(module, Stub) for name, module in model.named_modules())
-
-
-def _freeze(model: nn.Module) -> None:
-    """A stage on which there is nothing to train has one number that is never used, for engines to work on."""
-    model.requires_grad_(False)
-    model.register_parameter(UNUSED, nn.Parameter(torch.zeros(1)))
 
 
 def _put_on_part(model: nn.Module, adapter: Adapter, put_on: PutOn, axis: Axis) -> nn.Module:

@@ -19,6 +19,7 @@ from collie_core.model.family import StockFamily, unknown_keys
 from collie_core.model.initialize import initialize
 from collie_core.model.part import Part, part_of
 from collie_core.model.partition import plan
+from collie_core.model.vocabulary_extension import ExtendedCheckpoint, VocabularyExtension, grown
 from collie_core.model.weights import Checkpoint, Store, assign, canonical, layout, load
 from collie_core.topology import Topology
 
@@ -59,21 +60,25 @@ def architecture(
 
 
 def _architecture(
-    section: ModelConfig, registry: Plugins, tokenizer: PreTrainedTokenizerBase
+    section: ModelConfig,
+    registry: Plugins,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: VocabularyExtension | None = None,
 ) -> tuple[ModelFamily, PretrainedConfig, Mapping[str, Any]]:
     """The family, the config, and the raw config that they were made from."""
     raw = dict(section.config) if section.config is not None else _read_config(section)
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str):
-        raise ModelError(f"{_source(section)} names no model_type, so its family is unknown")
-    family = _family(model_type, registry)
+    family = _family(section, raw, registry)
     if section.config is not None:
         raw.setdefault("vocab_size", len(tokenizer))
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
             raw.setdefault(role, getattr(tokenizer, role))
+    if vocabulary is not None:
+        raw["vocab_size"] = vocabulary.size
     config = family.make_config(raw)
     if section.config is not None:
         _refuse_unknown_keys(config, raw)
+    if vocabulary is not None and config.vocab_size != vocabulary.size:
+        raise ModelError(f"model.resize_vocabulary: the config.json of {family.model_type} has no vocab_size to change")
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary only {config.vocab_size}; "
@@ -82,17 +87,34 @@ def _architecture(
     return family, config, raw
 
 
-def check_length(config: PretrainedConfig, max_length: int) -> None:
+def rows_of_files(section: ModelConfig, registry: Plugins) -> int:
+    """The size of the vocabulary of pretrained weights, by their config.json.
+
+    Raises:
+        ModelError: they are those of an adapter, or see `architecture`.
+    """
+    name = str(section.model_name_or_path)
+    if _saved_adapter(Path(name)) is not None:
+        raise ModelError(
+            f"model.resize_vocabulary: {name} holds an adapter, whose vocabulary is what it was trained with; name its "
+            "base model here, and the folder in adapter.adapter_name_or_path"
+        )
+    raw = _read_config(section)
+    return cast(int, _family(section, raw, registry).make_config(raw).vocab_size)
+
+
+def check_length(config: PretrainedConfig, max_length: int, virtual_tokens: int = 0) -> None:
     """Refuse positions the model was never built for.
 
     Raises:
-        ModelError: `max_length` exceeds `max_position_embeddings`.
+        ModelError: `max_length`, with the virtual tokens of an adapter, exceeds `max_position_embeddings`.
     """
     limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and max_length > limit:
+    if isinstance(limit, int) and max_length + virtual_tokens > limit:
+        more = f" with {virtual_tokens} virtual tokens" if virtual_tokens else ""
         raise ModelError(
-            f"data.max_length={max_length} exceeds the model's max_position_embeddings={limit}; "
-            f"set data.max_length to at most {limit}"
+            f"data.max_length={max_length}{more} exceeds the model's max_position_embeddings={limit}; "
+            f"set data.max_length to at most {limit - virtual_tokens}"
         )
 
 
@@ -101,6 +123,7 @@ def build_model(
     config: PretrainedConfig,
     weights: str | None,
     *,
+    vocabulary: VocabularyExtension | None = None,
     topology: Topology = ALONE,
     parallel: ParallelConfig | None = None,
     store: Store | None = None,
@@ -113,6 +136,7 @@ def build_model(
         target: the family.
         config: of the stock model.
         weights: folder or hub id; None: random.
+        vocabulary: the rows that the files lack; `config` has the size with them.
         topology: of the run.
         parallel: its section; only how the model is cut matters here.
         store: what puts a parameter into its module; None: `weights.assign`.
@@ -130,6 +154,8 @@ def build_model(
         config.name_or_path = weights
     model = empty_model(target, config)
     model.config.architectures = [type(model).__name__]  # now, since a stage has a class of its own
+    if vocabulary is not None and checkpoint is not None:
+        checkpoint = _extended(checkpoint, vocabulary, model, target)
     found = layout(model, target, checkpoint)
     partition = plan(
         model,
@@ -161,6 +187,17 @@ def empty_model(family: ModelFamily, config: PretrainedConfig) -> PreTrainedMode
     return model
 
 
+def _extended(
+    files: Checkpoint, vocabulary: VocabularyExtension, model: PreTrainedModel, family: ModelFamily
+) -> Checkpoint:
+    """The files as they would be with all rows of the empty `model`."""
+    config = copy.deepcopy(model.config)
+    config.vocab_size = vocabulary.old_size
+    old = empty_model(family, config)
+    before, after = ({name: tuple(value.shape) for name, value in one.state_dict().items()} for one in (old, model))
+    return ExtendedCheckpoint(files, vocabulary, grown(before, after, layout(old, family, files), vocabulary))
+
+
 def _take_apart(model: PreTrainedModel, part: Part, parallel: ParallelConfig | None) -> None:
     """Leave of the empty model what this rank holds."""
     if part.topology.pp.size > 1:
@@ -181,11 +218,14 @@ def load_pretrained(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     *,
+    vocabulary: VocabularyExtension | None = None,
     topology: Topology = ALONE,
     parallel: ParallelConfig | None = None,
     store: Store | None = None,
 ) -> nn.Module:
     """The model of a folder or hub id; of an adapter's folder, the base model it names with the adapter on it.
+
+    An adapter's folder says itself which `vocabulary` it was trained with.
 
     Raises:
         ModelError: see `architecture` and `build_model`.
@@ -194,7 +234,9 @@ def load_pretrained(
     saved = _saved_adapter(folder)
     if saved is not None:
         section = section.model_copy(update={"model_name_or_path": saved.base})
-    model = new_model(section, registry, tokenizer, dtype, topology=topology, parallel=parallel, store=store)
+        vocabulary = saved.vocabulary
+    options: dict[str, Any] = {"topology": topology, "parallel": parallel, "store": store}
+    model = new_model(section, registry, tokenizer, dtype, vocabulary=vocabulary, **options)
     return model if saved is None else load_adapter(model, folder, registry, topology)
 
 
@@ -204,14 +246,16 @@ class SavedAdapter(NamedTuple):
     type: str  # the plugin's name
     base: str  # folder or hub id of the model it sits on
     base_fingerprint: str = ""  # of its weights; "" where peft wrote the folder
+    vocabulary: VocabularyExtension | None = None  # rows that the base model got
 
 
-def describe_adapter(folder: Path, type: str, base: str) -> None:
+def describe_adapter(folder: Path, type: str, base: str, vocabulary: VocabularyExtension | None = None) -> None:
     """Write down which plugin reads the adapter in `folder`, and its base model (a local one by its full path)."""
     fingerprint = Checkpoint.open(base).fingerprint() if base else ""
     base = str(Path(base).resolve()) if Path(base).exists() else base
-    saved = SavedAdapter(type, base, fingerprint)
-    (folder / ADAPTER).write_text(json.dumps(saved._asdict(), indent=2) + "\n")
+    written = SavedAdapter(type, base, fingerprint)._asdict()
+    written["vocabulary"] = None if vocabulary is None else vocabulary.to_json()
+    (folder / ADAPTER).write_text(json.dumps(written, indent=2) + "\n")
 
 
 def base_of_adapter(folder: Path) -> SavedAdapter:
@@ -242,16 +286,33 @@ def load_adapter(model: nn.Module, folder: Path, registry: Plugins, topology: To
         raise ModelError(
             f"the adapter in {folder} was trained on other weights than those of {base}: on {saved.base} as it was then"
         )
-    adapter = registry.load("adapter", saved.type)
+    part = part_of(model)
+    if saved.base_fingerprint and part is not None and part.vocabulary != saved.vocabulary:
+        was = "no" if saved.vocabulary is None else f"another, to {saved.vocabulary.size} rows"
+        raise ModelError(
+            f"model.resize_vocabulary: the adapter in {folder} was trained with {was}; set it as it was then"
+        )
+    adapter = registry.load("adapter", plugin_of(saved, registry))
     model = attach(model, adapter, lambda part: adapter.load(part, folder), topology, seed=0)
     fill(model, adapter.state(folder), str(folder))
     return model
 
 
+def plugin_of(saved: SavedAdapter, registry: Plugins) -> str:
+    """The name of the plugin that reads a saved adapter; peft's own folders say what peft calls it."""
+    names = registry.names("adapter")
+    if saved.type in names:
+        return saved.type
+    called = {getattr(registry.component("adapter", name).can, "peft_type", "").lower(): name for name in names}
+    return called.get(saved.type, saved.type)
+
+
 def _saved_adapter(folder: Path) -> SavedAdapter | None:
     """The adapter in a folder that CoLLiE or peft wrote; None when it holds none."""
     if (folder / ADAPTER).is_file():
-        return SavedAdapter(**json.loads((folder / ADAPTER).read_text()))
+        saved = json.loads((folder / ADAPTER).read_text())
+        vocabulary = saved.pop("vocabulary", None)
+        return SavedAdapter(**saved, vocabulary=vocabulary and VocabularyExtension.from_json(vocabulary))
     if (folder / PEFT_ADAPTER).is_file():
         found = json.loads((folder / PEFT_ADAPTER).read_text())
         return SavedAdapter(found["peft_type"].lower(), found["base_model_name_or_path"])
@@ -264,20 +325,21 @@ def new_model(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     *,
+    vocabulary: VocabularyExtension | None = None,
     topology: Topology = ALONE,
     parallel: ParallelConfig | None = None,
     store: Store | None = None,
 ) -> PreTrainedModel:
     """The model that `model:` describes, or this rank's part of it, on the CPU in `dtype`."""
-    family, config, raw = _architecture(section, registry, tokenizer)
+    family, config, raw = _architecture(section, registry, tokenizer, vocabulary)
     config.dtype = dtype
     config._attn_implementation = section.attn_implementation
-    arguments: dict[str, Any] = {"config": config, "weights": section.model_name_or_path}
+    arguments: dict[str, Any] = {"config": config, "weights": section.model_name_or_path, "vocabulary": vocabulary}
     arguments |= {"topology": topology, "parallel": parallel, "store": store}
     model = cast("PreTrainedModel", registry.build_target("model", family, **arguments))
     part = part_of(model)
     if part is not None:
-        model.collie_part = replace(part, raw_config=raw)  # type: ignore[assignment]
+        model.collie_part = replace(part, raw_config=raw, vocabulary=vocabulary)  # type: ignore[assignment]
     return model
 
 
@@ -286,7 +348,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     from collie_core.model.adapters import adapter_of
 
     part, adapter = part_of(model), adapter_of(model)
-    if part is None or part.topology.model.size == 1:
+    if part is None or (part.topology.model.size == 1 and adapter is None):
         # ZeRO-3 leaves an empty tensor behind that knows how long it was.
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
         return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
@@ -299,7 +361,10 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return total, total - sum(math.prod(placements[name].shape) for name in frozen)
 
 
-def _family(model_type: str, registry: Plugins) -> ModelFamily:
+def _family(section: ModelConfig, raw: Mapping[str, Any], registry: Plugins) -> ModelFamily:
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"{_source(section)} names no model_type, so its family is unknown")
     names = registry.names("model")
     plain = model_type.replace("_", "-").lower()
     return cast("ModelFamily", registry.load("model", plain) if plain in names else StockFamily(model_type))

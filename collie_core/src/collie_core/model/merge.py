@@ -16,7 +16,7 @@ from collie_core.data.tokenizer import build_tokenizer
 from collie_core.errors import ModelError
 from collie_core.hookspecs import MergeableAdapter
 from collie_core.model.adapters import trainable
-from collie_core.model.build import base_of_adapter, load_adapter, load_pretrained, new_model
+from collie_core.model.build import base_of_adapter, load_adapter, load_pretrained, new_model, plugin_of
 from collie_core.model.export import write_configs, write_folder
 from collie_core.model.part import part_of
 from collie_core.model.weights import Checkpoint, Read, save
@@ -40,14 +40,17 @@ def merge_adapter(adapter: Path, out: Path, registry: Plugins, *, base: str = ""
             does not give the logits of the base model with the adapter on it. Nothing is written then.
     """
     saved = base_of_adapter(adapter)
-    if not isinstance(plugin := registry.load("adapter", saved.type), MergeableAdapter):
+    if not isinstance(plugin := registry.load("adapter", plugin_of(saved, registry)), MergeableAdapter):
         raise ModelError(f"a {saved.type} adapter cannot be merged into the weights of its base model")
     base = base or saved.base
     dtype = _dtype_of(base)
     lazy = _Lazy()
     section = ModelConfig(model_name_or_path=base)
-    tokenizer = build_tokenizer(TokenizerConfig(), section)
-    model: Any = new_model(section, registry, tokenizer, torch.float32, store=lazy.store)
+    # New tokens are in the tokenizer beside the adapter.
+    named = section if saved.vocabulary is None else ModelConfig(model_name_or_path=str(adapter))
+    tokenizer = build_tokenizer(TokenizerConfig(), named)
+    options: dict[str, Any] = {"vocabulary": saved.vocabulary, "store": lazy.store}
+    model: Any = new_model(section, registry, tokenizer, torch.float32, **options)
     part = part_of(model)
     assert part is not None
     model = load_adapter(model, adapter, registry, Topology())
@@ -147,7 +150,8 @@ def load_adapted(folder: str, base: str, registry: Plugins) -> PreTrainedModel:
     tokenizer = build_tokenizer(TokenizerConfig(), ModelConfig(model_name_or_path=base))
     is_adapter = (Path(folder) / "adapter_config.json").exists()
     section = ModelConfig(model_name_or_path=base if is_adapter else folder)
-    model = load_pretrained(section, registry, tokenizer, torch.float32)
+    vocabulary = base_of_adapter(Path(folder)).vocabulary if is_adapter else None
+    model = load_pretrained(section, registry, tokenizer, torch.float32, vocabulary=vocabulary)
     if is_adapter:
         model = load_adapter(model, Path(folder), registry, Topology())
     return cast("PreTrainedModel", model.eval())

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collie_core.hookspecs import ModelFamily
     from collie_core.model.boxes import Piece
     from collie_core.model.partition import Partition
+    from collie_core.model.vocabulary_extension import VocabularyExtension
     from collie_core.topology import Topology
 
 
@@ -24,6 +25,7 @@ class Part:
     family: ModelFamily
     layout: Mapping[str, Sequence[Piece]]  # of the whole model: tensor -> where its values lie in the files
     raw_config: Mapping[str, Any]  # config.json, or `model.config`, as it was found
+    vocabulary: VocabularyExtension | None = None  # rows that the files do not have
 
 
 def part_of(model: nn.Module) -> Part | None:

@@ -8,9 +8,9 @@ rank gets the whole logits; inside `own_part` a stage computes its own part alon
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -66,6 +66,8 @@ class Stage:
     borrows_head: bool  # the head shares the weight of the first stage's embedding
     embedding: str
     alone: bool = False  # computing its own part, see `own_part`
+    loans: list[Loan] = field(default_factory=list)
+    virtual_tokens: int = 0  # positions before those of the batch that an adapter has added, until a cache holds them
 
     @property
     def is_first(self) -> bool:
@@ -138,62 +140,108 @@ def wire_dtype(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
-# -- a tied head ----------------------------------------------------------------------------------------------------
-# The last stage owns no parameter for it: it borrows the embedding's weight, and the gradient goes back to the first
-# stage. So the weight has one optimizer state, counts once in norms, and its copies cannot drift apart.
+# -- what stages share ----------------------------------------------------------------------------------------------
+# A tensor that several stages need is owned by the first: it is a parameter there, or computed from parameters. The
+# others borrow its value after every update, and their gradients go back to the first stage before its last backward.
+# So parameters have one optimizer state, count once in norms, and copies of them cannot drift apart.
+
+
+@dataclass
+class Loan:
+    """A tensor that the first stage has and later stages borrow."""
+
+    own: Callable[[], Tensor]  # on the first stage: the tensor, with its graph
+    shape: tuple[int, ...]
+    borrowers: tuple[int, ...]  # numbers of the stages
+    place: Callable[[Tensor], None] = lambda value: None  # on a borrower: takes what has come
+    value: Tensor | None = None  # what has come; a leaf
+    wants_gradient: bool | None = None  # whether anything is trained through it; None: not known yet
 
 
 def borrow_head(model: nn.Module) -> None:
-    """On the last stage: the tied head gives up its parameter for a place that `lend_head` fills."""
+    """The last stage borrows the weight of a tied head: it has no parameter of its own for it."""
     stage = stage_of(model)
-    if stage is not None and stage.borrows_head and stage.is_last:
+    if stage is None or not stage.borrows_head:
+        return
+    if stage.is_last:
         head = model.get_submodule(stage.head)
-        shape = _weight(model, stage.head).shape
+        shape = tuple(_weight(model, stage.head).shape)
         del head._parameters["weight"]
         head.register_buffer("weight", torch.zeros(()).expand(shape), persistent=False)
+    else:
+        shape = tuple(_weight(model, stage.embedding).shape) if stage.is_first else ()
+    # Modules are looked up when they are wanted: an adapter may have put others around them.
+    stage.loans.append(
+        Loan(
+            own=lambda: _weight(model, stage.embedding),
+            shape=shape,
+            borrowers=(stage.axis.size - 1,),
+            place=lambda value: _stage_model(model).get_submodule(stage.head)._buffers.update(weight=value),
+        )
+    )
 
 
 @torch.no_grad()
-def lend_head(model: nn.Module) -> None:
-    """Bring the weight of the embedding to the tied head of the last stage. Collective; after every update."""
+def lend(model: nn.Module) -> None:
+    """Bring what the first stage owns to its borrowers. Collective over a copy's stages; after every update."""
     stage = stage_of(model)
-    if stage is None or not stage.borrows_head or not (stage.is_first or stage.is_last):
-        return
-    if stage.is_first:
-        dist.send(_weight(model, stage.embedding).detach().contiguous(), stage.axis.ranks[-1])
-        return
-    shape, device = _weight(model, stage.head).shape, next(model.parameters()).device
-    received = torch.empty(shape, dtype=wire_dtype(model), device=device)
-    dist.recv(received, stage.axis.ranks[0])
-    _stage_model(model).get_submodule(stage.head)._buffers["weight"] = received.requires_grad_()
+    for loan in () if stage is None else stage.loans:
+        assert stage is not None
+        if stage.is_first:
+            _send(loan, model, stage)
+        elif stage.axis.rank in loan.borrowers:
+            _receive(loan, model, stage)
 
 
-def return_head_gradient(model: nn.Module) -> None:
-    """On the last stage: send what the borrowed weight has gathered to the first stage, and start anew."""
+def _send(loan: Loan, model: nn.Module, stage: Stage) -> None:
+    with torch.enable_grad():
+        value = loan.own()
+    first, loan.wants_gradient = loan.wants_gradient is None, value.requires_grad
+    value = value.detach().to(wire_dtype(model)).contiguous()
+    for borrower in loan.borrowers:
+        if first:
+            dist.send(value.new_full((1,), float(loan.wants_gradient)), stage.axis.ranks[borrower])
+        dist.send(value, stage.axis.ranks[borrower])
+
+
+def _receive(loan: Loan, model: nn.Module, stage: Stage) -> None:
+    value = torch.empty(loan.shape, dtype=wire_dtype(model), device=next(model.parameters()).device)
+    if loan.wants_gradient is None:
+        wants = value.new_empty(1)
+        dist.recv(wants, stage.axis.ranks[0])
+        loan.wants_gradient = bool(wants.item())
+    dist.recv(value, stage.axis.ranks[0])
+    loan.value = value.requires_grad_(loan.wants_gradient)
+    loan.place(loan.value)
+
+
+def return_gradients(model: nn.Module) -> None:
+    """On borrowers: send the gradients of what they borrowed to the first stage, and start anew."""
     stage = stage_of(model)
-    if stage is None or not stage.borrows_head or not stage.is_last:
-        return
-    weight = _weight(model, stage.head)
-    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    dist.send(gradient.contiguous(), stage.axis.ranks[0])
-    weight.grad = None
+    for loan in () if stage is None else stage.loans:
+        assert stage is not None
+        if stage.axis.rank in loan.borrowers and loan.wants_gradient:
+            assert loan.value is not None
+            gradient = torch.zeros_like(loan.value) if loan.value.grad is None else loan.value.grad
+            dist.send(gradient.contiguous(), stage.axis.ranks[0])
+            loan.value.grad = None
 
 
-def receive_head_gradient(model: nn.Module) -> Tensor | None:
-    """On the first stage: the gradient of the head's loss by the shared weight; None when it shares none."""
+def receive_gradients(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """On the first stage: each tensor that it lends, with its graph, and the sum of its borrowers' gradients."""
     stage = stage_of(model)
-    if stage is None or not stage.borrows_head or not stage.is_first:
-        return None
-    gradient = torch.empty_like(_weight(model, stage.embedding))
-    dist.recv(gradient, stage.axis.ranks[-1])
-    return gradient
-
-
-def embedding_weight(model: nn.Module) -> Tensor:
-    """The weight of the first stage's embedding."""
-    stage = stage_of(model)
-    assert stage is not None
-    return _weight(model, stage.embedding)
+    if stage is None or not stage.is_first:
+        return []
+    found = []
+    for loan in filter(lambda loan: loan.wants_gradient, stage.loans):
+        tensor = loan.own()
+        total = torch.zeros_like(tensor, dtype=wire_dtype(model))
+        for borrower in loan.borrowers:
+            gradient = torch.empty_like(total)
+            dist.recv(gradient, stage.axis.ranks[borrower])
+            total += gradient
+        found.append((tensor, total.to(tensor.dtype)))
+    return found
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:
@@ -253,7 +301,8 @@ def _chained(model: Any, own: Any, *, input_ids: Tensor | None = None, **options
     if stage.is_first:
         options["input_ids"] = input_ids
     else:
-        hidden = torch.empty(*shape, stage.hidden_size, dtype=wire_dtype(model), device=device)
+        length = shape[1] + (0 if is_filled(options.get("past_key_values")) else stage.virtual_tokens)
+        hidden = torch.empty(shape[0], length, stage.hidden_size, dtype=wire_dtype(model), device=device)
         dist.recv(hidden, stage.axis.ranks[stage.axis.rank - 1])
         options["inputs_embeds"] = hidden
     options.pop("labels", None)
@@ -284,6 +333,11 @@ def _set_later(model: PreTrainedModel, attributes: Any) -> None:
 
 
 # -- generation ---------------------------------------------------------------------------------------------------
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a key-value cache, or None, holds positions already."""
+    return cache is not None and cache.get_seq_length() > 0
 
 
 def stage_cache(model: nn.Module) -> Any:

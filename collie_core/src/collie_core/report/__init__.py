@@ -20,7 +20,8 @@ def standard_observers(config: RunConfig, topology: Topology) -> list[object]:
     pluggy calls the last one first, so that the console speaks when the files are written.
 
     Raises:
-        RunError: one that `report_to` asks for is not installed.
+        RunError: what a tracker of `report_to` needs is not installed.
+        PluginError: a tracker cannot be loaded or made.
     """
     if not topology.is_main:
         return []
@@ -28,11 +29,12 @@ def standard_observers(config: RunConfig, topology: Topology) -> list[object]:
     from collie_core.report.html import HtmlReport
     from collie_core.report.metrics import MetricsFile
 
-    standard: list[object] = [ConsoleReporter(), HtmlReport(), MetricsFile()]
-    if "tensorboard" in config.report_to:
-        from collie_core.report.tensorboard import TensorBoardReporter
+    trackers = [config.registry.tracker(section) for section in config.report_to]
+    standard: list[object] = [ConsoleReporter(), HtmlReport(), MetricsFile(), *trackers]
+    if config.train.monitors:
+        from collie_core.report.monitors import MachineMonitor
 
-        standard.append(TensorBoardReporter())
+        standard.append(MachineMonitor(config.train.monitors))
     return standard
 
 

@@ -31,6 +31,14 @@ WIDTH, HEIGHT = 4.6, 2.6  # inches of 72 px: as wide as a phone, where text then
 FONT = 10.5  # px
 BUCKETS = 400  # a curve keeps at most twice as many points
 
+# What has its place in a chart already, or would say the same. Other names are results, monitors, and what plugins add.
+KNOWN = frozenset(
+    (
+        *("step", "epoch", "tokens", "loss", "eval/loss", "learning_rate", "grad_norm", "peak_memory_bytes"),
+        *("tokens_per_second", "tokens_per_second_per_device", "step_time_s"),
+    )
+)
+
 Row = Mapping[str, Any]
 
 
@@ -71,10 +79,12 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
         Chart("memory", "Peak memory (GiB)", [memory], _short, from_zero=True),
         Chart("norm", "Gradient norm before clipping", [norm], _short, from_zero=True),
     ]
-    others = sorted({name for row in rows for name in row if name.startswith("eval/")} - {"eval/loss"})
-    for number, name in enumerate(others):
-        curve = series(rows, name, color=SECOND)
-        candidates.append(Chart(f"eval{number}", name.removeprefix("eval/").capitalize(), [curve], _short))
+    names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)} - KNOWN
+    for number, name in enumerate(sorted(names, key=lambda name: (not name.startswith("eval/"), name))):
+        is_result = name.startswith("eval/")
+        curve = series(rows, name, color=SECOND if is_result else FIRST, noisy=not is_result)
+        title = name.removeprefix("eval/").capitalize() if is_result else name
+        candidates.append(Chart(f"other{number}", title, [curve], _short if is_result else _any_size))
     return [chart for chart in candidates if any(np.isfinite(one.values).any() for one in chart.series)]
 
 
@@ -194,6 +204,10 @@ def _short(value: float) -> str:
 
 def _short_count(value: float) -> str:
     return text.count(value).replace(".0 ", " ")
+
+
+def _any_size(value: float) -> str:
+    return _short(value) if abs(value) < 10_000 else _short_count(value)
 
 
 def _short_lr(value: float) -> str:

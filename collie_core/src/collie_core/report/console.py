@@ -14,16 +14,20 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from collie_core.best import Mode, improves
 from collie_core.hookspecs import Run
 from collie_core.plugins import hookimpl
 from collie_core.report import text
-from collie_core.report.rundir import CONFIG, METRICS, REPORT
+from collie_core.report.rundir import BEST, CONFIG, METRICS, REPORT
 
 if TYPE_CHECKING:
     from collie_core.generate import SampleText
 
 TARGET_STYLE = "bold green"
 TARGET_MARKS = ("«", "»")  # where there is no colour
+
+
+_LESS_IS_BETTER: dict[str, Mode] = {"eval/loss": "min", "eval/perplexity": "min"}
 
 
 class ConsoleReporter:
@@ -38,6 +42,7 @@ class ConsoleReporter:
         self._clock = Clock()
         self._row: Mapping[str, Any] = {}  # the last logged step
         self._results: Mapping[str, float] = {}  # of the last evaluation
+        self._best: dict[str, float] = {}  # so far, of results whose better direction is known
         self._saved: Path | None = None  # the last exported model
         self._prompt = ""  # a held-out one, for the command to type at the end
 
@@ -69,10 +74,9 @@ class ConsoleReporter:
     @hookimpl
     def collie_evaluated(self, run: Run, results: Mapping[str, float], samples: Sequence[SampleText]) -> None:
         """Show the results of an evaluation and what the model answered."""
-        self._results = results
-        line = Text(f"step {run.step}/{run.max_steps}  eval  ")
-        line.append(text.results(results), style="bold")
-        self._line(line)
+        heading = Text(f"step {run.step}/{run.max_steps}  eval", style="bold")
+        self._line(Text("\n").join([heading, *self._result_lines(run, results)]))
+        self._results = {**self._results, **results}
         for sample in samples:
             self._show_answer(sample)
         if samples:
@@ -147,6 +151,20 @@ class ConsoleReporter:
         (task,) = self._progress.task_ids
         self._progress.update(task, completed=run.step, numbers=self._numbers(run))
 
+    def _result_lines(self, run: Run, results: Mapping[str, float]) -> Iterator[Text]:
+        """One line for each result: name, value, change since the evaluation before, a mark at the best so far."""
+        directions = _LESS_IS_BETTER | _direction_of_best(run)
+        names = [name.removeprefix("eval/") for name in results]
+        width, digits = max(map(len, names), default=0), max(map(len, map(text.loss, results.values())), default=0)
+        for short, (name, value) in zip(names, results.items(), strict=True):
+            line = Text(f"  {short:<{width}}  ").append(f"{text.loss(value):>{digits}}", style="bold")
+            line.append(f"  {text.change(value, self._results.get(name)):>8}", style="dim")
+            if name in directions and improves(value, self._best.get(name), directions[name]):
+                line.append("  best so far" if name in self._best else "", style="green")
+                self._best[name] = value
+            line.rstrip()
+            yield line
+
     def _show_answer(self, sample: SampleText) -> None:
         prompt, target, answer = (text.one_line(part, 200) for part in sample)
         right = target == answer
@@ -186,7 +204,7 @@ class ConsoleReporter:
         return "".join(f", {part}" for part in parts)
 
     def _line(self, line: str | Text) -> None:
-        """One line, never wrapped and never read as markup."""
+        """Lines, never wrapped and never read as markup."""
         self.console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -205,6 +223,12 @@ class Clock:
         """Seconds to the last step; None before the first one is done."""
         done = run.step - self._first_step
         return self.elapsed() / done * (run.max_steps - run.step) if done > 0 else None
+
+
+def _direction_of_best(run: Run) -> dict[str, Mode]:
+    """What `evaluation.best` says about its metric."""
+    section = run.config.evaluation.best
+    return {} if section is None else {section.metric: section.mode}
 
 
 def summary_rows(run: Run) -> Iterator[tuple[str, str]]:
@@ -263,6 +287,8 @@ def _epochs(value: float) -> str:
 
 def end_rows(run: Run, saved: Path | None, prompt: str = "") -> Iterator[tuple[str, str]]:
     """Where everything lies and what to type next."""
+    if run.best:
+        yield "best", f"{run.output_dir / BEST} ({text.best(run.best)})"
     if saved is not None:
         model = shlex.quote(str(saved))
         typed = shlex.quote(prompt) if prompt.isprintable() and 0 < len(prompt) <= 80 else '"..."'

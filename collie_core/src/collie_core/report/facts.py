@@ -33,7 +33,7 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "epochs": parts.total_samples / samples.samples_per_epoch,
         "train_samples": len(samples),
         "train_tokens": samples.stats.tokens,
-        "eval_samples": len(parts.eval_dataset or ()),
+        "eval_samples": parts.eval_samples,
         "data_notes": samples.stats.lines(),
         "plugins": [f"{row['name']} ({row['distribution']} {row['version']})" for row in parts.registry.used()],
         "sample": segments(samples[0], parts.tokenizer),

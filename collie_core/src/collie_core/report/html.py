@@ -61,6 +61,7 @@ def summary(run: Run, error: BaseException | None, seconds: float) -> dict[str, 
         "max_steps": run.max_steps,
         "seconds": round(seconds, 3),
         "facts": facts,
+        "best": run.best,
         "text": [[name, sentence] for name, sentence in summary_rows(run)],
     }
 
@@ -151,6 +152,8 @@ def _tiles(rows: Sequence[Mapping[str, Any]], written: Mapping[str, Any]) -> Ite
     for name, value in last.items():
         if name.startswith("eval/"):
             yield _tile(name, text.loss(value))
+    if best := written.get("best"):
+        yield _tile(f"best {best['metric']}, step {best['step']}", text.loss(best["value"]))
     if last.get("tokens") is not None:
         yield _tile("tokens", text.count(last["tokens"]))
     if "seconds" in written:

@@ -34,7 +34,7 @@ class Meter:
         self.tokens += tokens
 
     def read(self) -> dict[str, float]:
-        """Mean loss and step time over the interval, tokens so far and per second over all ranks, peak bytes.
+        """Mean loss and step time over the interval, tokens so far, per second over all ranks and per rank, peak bytes.
 
         Collective: every data-parallel rank reads at the same step.
         """
@@ -46,6 +46,7 @@ class Meter:
             "loss": loss,
             "tokens": self.total_tokens,
             "tokens_per_second": tokens / seconds,
+            "tokens_per_second_per_device": tokens / seconds / self.topology.world_size,
             "step_time_s": seconds / len(self.losses),
             "peak_memory_bytes": peak_memory_bytes(self.topology.device),
         }

@@ -43,12 +43,12 @@ class MetricsFile:
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        strict = {name: _plain(value) for name, value in row.items()}
+        strict = {name: plain(value) for name, value in row.items()}
         self._file.write(json.dumps(strict, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` as strict JSON has it: numbers of torch and numpy as Python's, NaN and infinities as null."""
     if hasattr(value, "item"):
         value = value.item()

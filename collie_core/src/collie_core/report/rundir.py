@@ -24,12 +24,31 @@ PLUGINS = "plugins.json"
 ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
+CSV = "metrics.csv"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
 MODEL = "model"
+BEST = "best"
+BEST_FACTS = "best.json"  # in that folder, so that the number always belongs to the weights
 CHECKPOINTS = "checkpoints"
 
 HEADER = "# Written by CoLLiE: the configuration of this run, everything resolved.\n"
+
+_EXPORT = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "collie_adapter.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "README.md",
+)
 
 # What CoLLiE writes, as patterns below the run directory. Overwriting a run removes these and nothing else.
 OWN_FILES = (
@@ -37,21 +56,11 @@ OWN_FILES = (
     ENVIRONMENT,
     SUMMARY,
     METRICS,
+    CSV,
     REPORT,
     f"{TENSORBOARD}/events.out.tfevents.*",
-    f"{MODEL}/*.safetensors",
-    f"{MODEL}/*.safetensors.index.json",
-    f"{MODEL}/config.json",
-    f"{MODEL}/generation_config.json",
-    f"{MODEL}/adapter_config.json",
-    f"{MODEL}/collie_adapter.json",
-    f"{MODEL}/tokenizer*",
-    f"{MODEL}/special_tokens_map.json",
-    f"{MODEL}/added_tokens.json",
-    f"{MODEL}/vocab.json",
-    f"{MODEL}/merges.txt",
-    f"{MODEL}/chat_template.jinja",
-    f"{MODEL}/README.md",
+    f"{BEST}/{BEST_FACTS}",
+    *(f"{folder}/{file}" for folder in (MODEL, BEST) for file in _EXPORT),
 )
 OWN_FOLDERS = (f"{CHECKPOINTS}/step-*",)
 
@@ -215,7 +224,7 @@ def _remove_own_files(output_dir: Path) -> None:
     for pattern in OWN_FOLDERS:
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
-    for folder in (TENSORBOARD, MODEL, CHECKPOINTS):
+    for folder in (TENSORBOARD, MODEL, BEST, CHECKPOINTS):
         path = output_dir / folder
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from collie_core.errors import RunError
 from collie_core.hookspecs import Run
 from collie_core.plugins import hookimpl
 from collie_core.report.rundir import TENSORBOARD
+from collie_core.report.trackers import required, scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -22,13 +22,7 @@ class TensorBoardReporter:
     """
 
     def __init__(self) -> None:
-        try:
-            import torch.utils.tensorboard  # noqa: F401  (found now rather than after the model is built)
-        except ImportError as error:
-            raise RunError(
-                "report_to: tensorboard is not installed; pip install 'collie-core[tensorboard]', "
-                f"or remove it from report_to ({error})"
-            ) from error
+        required("torch.utils.tensorboard", "tensorboard")
         self._writer: SummaryWriter | None = None  # open between run start and run end
 
     @hookimpl
@@ -42,8 +36,7 @@ class TensorBoardReporter:
     @hookimpl
     def collie_metrics(self, run: Run, values: Mapping[str, Any]) -> None:
         """Record the numbers of a step."""
-        numbers = {name: value for name, value in values.items() if name != "step"}
-        self._write(numbers, run.step)
+        self._write(values, run.step)
 
     @hookimpl
     def collie_evaluated(self, run: Run, results: Mapping[str, float]) -> None:
@@ -60,6 +53,5 @@ class TensorBoardReporter:
     def _write(self, numbers: Mapping[str, Any], step: int) -> None:
         if self._writer is None:
             return
-        for name, value in numbers.items():
-            if value is not None:
-                self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        for name, value in scalars(numbers).items():
+            self._writer.add_scalar(name, value, step)

@@ -75,6 +75,18 @@ def results(values: Mapping[str, Any]) -> str:
     return "  ".join(f"{name.removeprefix('eval/')} {loss(value)}" for name, value in values.items())
 
 
+def best(found: Mapping[str, Any]) -> str:
+    """The best evaluation: eval/perplexity 3.210 at step 40."""
+    return f"{found['metric']} {loss(found['value'])} at step {found['step']}"
+
+
+def change(value: float, before: float | None) -> str:
+    """+0.12 or -1.5e-05: three digits of a difference, with its sign; "" where there is none to give."""
+    if not (_is_number(value) and _is_number(before)):
+        return ""
+    return f"{value - before:+.3g}"  # type: ignore[operator]
+
+
 def printable(text: str) -> str:
     """`text` without the control characters that would move the cursor or colour the terminal."""
     return "".join(char if char in "\n\t" or char.isprintable() else repr(char)[1:-1] for char in text)

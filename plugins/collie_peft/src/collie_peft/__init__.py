@@ -1,7 +1,12 @@
 """Adapters for CoLLiE through peft. This file only describes them: it costs neither torch nor pydantic."""
 
-from collie_core.api import Component
+from collie_core.api import AdapterCan, Component
 
+ADALORA = Component(
+    build="collie_peft.adalora:AdaLoraAdapter",
+    config="collie_peft.adalora_config:AdaLoraConfig",
+    summary="LoRA with a budget of ranks that goes where it matters, through peft (arXiv 2303.10512)",
+)
 BOTTLENECK = Component(
     build="collie_peft.bottleneck:BottleneckAdapter",
     config="collie_peft.bottleneck_config:BottleneckConfig",
@@ -17,5 +22,26 @@ LORA = Component(
     config="collie_peft.lora_config:LoraConfig",
     summary="low-rank adaptation through peft (arXiv 2106.09685), with rsLoRA and DoRA",
 )
+LLAMA_ADAPTER = Component(
+    build="collie_peft.llama_adapter:LlamaAdapter",
+    config="collie_peft.llama_adapter_config:LlamaAdapterConfig",
+    summary="gated prompts in the attention of the last layers, through peft (arXiv 2303.16199)",
+    can=AdapterCan(peft_type="ADAPTION_PROMPT"),
+)
+P_TUNING = Component(
+    build="collie_peft.prompt:PTuningAdapter",
+    config="collie_peft.prompt_config:PTuningConfig",
+    summary="embeddings before the tokens, which a small network makes, with peft's encoder (arXiv 2103.10385)",
+)
+PREFIX_TUNING = Component(
+    build="collie_peft.prompt:PrefixTuningAdapter",
+    config="collie_peft.prompt_config:PrefixTuningConfig",
+    summary="keys and values before those of every layer, with peft's encoder (arXiv 2101.00190)",
+)
+PROMPT_TUNING = Component(
+    build="collie_peft.prompt:PromptTuningAdapter",
+    config="collie_peft.prompt_config:PromptTuningConfig",
+    summary="learned embeddings before the tokens, with peft's encoder (arXiv 2104.08691)",
+)
 
-__all__ = ["BOTTLENECK", "IA3", "LORA"]
+__all__ = ["ADALORA", "BOTTLENECK", "IA3", "LLAMA_ADAPTER", "LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"]

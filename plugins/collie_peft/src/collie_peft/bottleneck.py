@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from collie_core.api import ModelError, is_stage
-from collie_peft.injected import CONFIG, WEIGHTS, check_names, matches
+from collie_peft.files import CONFIG, WEIGHTS, read_tensors
+from collie_peft.injected import check_names, matches
 
 if TYPE_CHECKING:
     from collie_peft.bottleneck_config import BottleneckConfig
@@ -106,7 +106,4 @@ class BottleneckAdapter:
         Raises:
             ModelError: they cannot be read.
         """
-        try:
-            return load_file(path / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path / WEIGHTS} cannot be read: {error}") from error
+        return read_tensors(path / WEIGHTS)

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from collie_core.api import AdapterConfig
 
 if TYPE_CHECKING:
-    from collie_core.api import ParallelConfig
+    from collie_core.api import RunConfig
 
 PLACES = {"houlsby": ["o_proj", "down_proj"], "pfeiffer": ["down_proj"]}
 
@@ -34,9 +34,9 @@ class BottleneckConfig(AdapterConfig):
         """Endings of the names of the layers."""
         return self.target_modules or PLACES[self.placement]
 
-    def refused(self, parallel: ParallelConfig) -> str:
+    def refused(self, config: RunConfig) -> str:
         """See `AdapterConfig`."""
-        if self.target_modules is None or parallel.tensor_parallel_size == 1:
+        if self.target_modules is None or config.parallel.tensor_parallel_size == 1:
             return ""
         return (
             "layers other than those of placement may have outputs that ranks share, which a bottleneck cannot look at "

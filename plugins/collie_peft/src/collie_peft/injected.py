@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from collie_core.api import AdapterConfig, ModelError, is_stage
+from collie_peft.files import PREFIX, WEIGHTS, read_config, read_tensors, write_config
 
 ALL_LINEAR = "all-linear"
 NAME = "default"  # of the adapter in the model, as peft has it
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of names in peft's files
 
 
 class InjectedAdapter:
@@ -41,11 +39,8 @@ class InjectedAdapter:
     def save(self, model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
         """Write adapter_model.safetensors and adapter_config.json, for `PeftModel.from_pretrained`."""
         config: Any = model.peft_config[NAME]  # type: ignore[index]
-        config.base_model_name_or_path = str(getattr(model.config, "name_or_path", "") or "") or None
         save_file({_file_key(name): value for name, value in state.items()}, path / WEIGHTS, metadata={"format": "pt"})
-        before, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(str(path))
-        config.inference_mode = before
+        write_config(model, config, path)
 
     def load(self, model: nn.Module, path: Path) -> nn.Module:
         """Put on an adapter like the one in `path`.
@@ -53,11 +48,7 @@ class InjectedAdapter:
         Raises:
             ModelError: its configuration cannot be read, or peft refuses it for this model.
         """
-        config = _read_config(path)
-        if not isinstance(config, self.config_class):
-            raise ModelError(f"{path / CONFIG} cannot be read: it describes no {self.config_class.__name__} of peft")
-        config.inference_mode = False
-        return self._inject(model, config)
+        return self._inject(model, read_config(path, self.config_class))
 
     def state(self, path: Path) -> Mapping[str, Tensor]:
         """The values of the adapter in `path` by the names that its parameters have in a model.
@@ -65,13 +56,8 @@ class InjectedAdapter:
         Raises:
             ModelError: they are no safetensors, or torn.
         """
-        if not (path / WEIGHTS).is_file():
-            raise ModelError(f"{path} holds no {WEIGHTS}")
-        try:
-            tensors = load_file(path / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path / WEIGHTS} cannot be read: {error}") from error
-        saved = getattr(_read_config(path), "modules_to_save", None) or ()
+        tensors = read_tensors(path / WEIGHTS)
+        saved = read_config(path, self.config_class).modules_to_save or ()
         return {_parameter_name(key, saved): value for key, value in tensors.items()}
 
     def merge(self, module: nn.Module) -> None:
@@ -98,13 +84,6 @@ class InjectedAdapter:
         return model
 
 
-def _read_config(path: Path) -> Any:
-    try:
-        return peft.PeftConfig.from_pretrained(str(path))
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ModelError(f"{path / CONFIG} cannot be read: {str(error).strip().splitlines()[0]}") from error
-
-
 def _file_key(name: str) -> str:
     """A parameter's name in peft's files."""
     name = name.replace(f".modules_to_save.{NAME}.", ".").replace(f".lora_magnitude_vector.{NAME}.weight", "{}")
@@ -118,7 +97,7 @@ def _parameter_name(key: str, modules_to_save: Any) -> str:
     if name.endswith(".lora_magnitude_vector"):
         return f"{name}.{NAME}.weight"
     module, _, leaf = name.rpartition(".")
-    if leaf.startswith("ia3_l"):
+    if leaf.startswith(("ia3_l", "lora_")):  # a parameter by itself, and not the weight of a module
         return f"{name}.{NAME}"
     if ".lora_" in name:
         return f"{module}.{NAME}.{leaf}"

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from collie_core.api import AdapterConfig
 
 if TYPE_CHECKING:
-    from collie_core.api import ParallelConfig
+    from collie_core.api import RunConfig
 
 Initialisation = Literal["gaussian", "orthogonal", "pissa", "olora"]
 """The initialisations that need no data and no second model."""
@@ -50,12 +50,17 @@ class LoraConfig(AdapterConfig):
         {}, description="Other scales: name or regular expression to lora_alpha."
     )
 
-    def refused(self, parallel: ParallelConfig) -> str:
+    def refused(self, config: RunConfig) -> str:
         """See `AdapterConfig`: what is computed from whole layers' weights."""
-        whole = "use_dora" if self.use_dora else f"init_lora_weights={self.init_lora_weights}"
-        if parallel.copy_size == 1 or not (self.use_dora or self.init_lora_weights in ("pissa", "olora")):
-            return ""
-        return (
-            f"{whole} is computed from the weights of whole layers, which the ranks of one copy of the model share; "
-            "set tensor_parallel_size and pipeline_parallel_size to 1, or leave it out"
-        )
+        parallel, start = config.parallel, self.init_lora_weights
+        if self.use_dora and parallel.tensor_parallel_size > 1:
+            return (
+                "use_dora needs the norms of whole layers' weights, which tensor-parallel ranks share; "
+                "set tensor_parallel_size to 1 (pipeline_parallel_size and zero_stage share the model too)"
+            )
+        if start in ("pissa", "olora") and parallel.copy_size > 1:
+            return (
+                f"init_lora_weights={start} is computed from the weights of whole layers, which the ranks of one copy "
+                "of the model share; set tensor_parallel_size and pipeline_parallel_size to 1, or leave it out"
+            )
+        return ""
