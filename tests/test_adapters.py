@@ -296,7 +296,7 @@ def test_a_model_that_is_handed_in_gets_the_adapter(families: Path, instructions
     sections: dict[str, Any] = {
         "tokenizer": {"type": "byte"},
         "data": {"train": str(instructions), "max_length": 128, "cache_dir": str(tmp_path / "cache")},
-        "train": {"max_steps": 1, "output_dir": str(tmp_path / "run")},
+        "train": {"max_steps": 1, "output_dir": str(tmp_path / "run"), "overwrite_output_dir": True},
         "adapter": METHODS["prefix_tuning"],
     }
     model = base_model(families, "llama_tied")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from families import read_tensors, write_family
 from runs import changed, sections_on
 from topologies import world_size_of
@@ -17,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from collie_core.api import Batch, ConfigError, Run, RunConfig, Trainer
+from collie_core.cli import main
 
 VALUES = [
     3.0,
@@ -132,6 +136,41 @@ def test_the_best_model_is_that_of_its_step_on_every_topology(
     if not changes:
         AutoModelForCausalLM.from_pretrained(folder / "best")
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_person_finds_the_same_numbers_everywhere(
+    model: Path, instructions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections: Any = sections_on("dp1", model, instructions, tmp_path, steps=3, micro_batch=4)
+    sections["data"]["eval"] = str(instructions)
+    sections["evaluation"] = {"steps": 1, "on_start": True, "best": {"metric": "eval/perplexity", "mode": "min"}}
+    sections["train"] |= {"monitors": ["host", "disk", "network"], "logging_steps": 3}
+    sections |= {"report_to": ["csv", "tensorboard"], "optimizer": {"type": "adamw", "lr": 1e-3}}
+    file, folder = tmp_path / "run.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(sections))
+    assert main(["train", str(file)]) == 0
+    shown = capsys.readouterr().out
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 1, 2, 2, 3, 3]  # an evaluation has the row of its step before it
+    logged = [row for row in rows if "loss" in row]
+    assert all(row["host/cpu_percent"] >= 0 and row["network/sent_bytes_per_second"] >= 0 for row in logged)
+    assert all(row["tokens_per_second_per_device"] == row["tokens_per_second"] for row in logged)
+    assert logged[-1]["tokens"] > logged[0]["tokens"]
+    with (folder / "metrics.csv").open(newline="") as table:
+        written = list(csv.DictReader(table))
+    assert [{name: float(cell) for name, cell in row.items() if cell} for row in written] == rows
+
+    values = [row["eval/perplexity"] for row in rows if "eval/perplexity" in row]
+    best = json.loads((folder / "best" / "best.json").read_text())
+    assert best == {"step": 3, "epoch": rows[-1]["epoch"], "metric": "eval/perplexity", "value": min(values)}
+    assert json.loads((folder / "summary.json").read_text())["best"] == best
+    assert re.search(r"step 3/3  eval\n  loss +[\d.]+ +-[\d.e-]+  best so far\n  perplexity ", shown)
+    assert f"best      {folder}/best (eval/perplexity {min(values):#.4g} at step 3)" in shown
+    used = {row["name"] for row in json.loads((folder / "plugins.json").read_text())}
+    assert {"csv", "tensorboard"} <= used
+    assert main(["eval", str(file), "--model", str(folder / "best"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["eval/perplexity"] == pytest.approx(best["value"], rel=1e-6)
 
 
 def test_without_samples_it_is_refused_before_the_run(model: Path, instructions: Path, tmp_path: Path) -> None:

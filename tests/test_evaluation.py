@@ -16,8 +16,9 @@ from topologies import sizes_of, world_size_of
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from collie_core.api import RunConfig, Trainer
-from collie_core.generate import generate
+from collie_core.api import CollieError, RunConfig, Trainer
+from collie_core.cli import main
+from collie_core.generate import answer_text, generate
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOPOLOGIES = ["tp2", "pp2", "pp3", "tp2pp2", "dp2zero3"]
@@ -331,3 +332,201 @@ def measure_adapter(topology: str, model: Path, files: Files, output: Path, adap
     sections["evaluation"]["evaluators"] = [own for own in evaluators if own.get("name", own["type"]) in kept]
     results = Trainer(RunConfig(**sections), observers=()).train()
     return {name: value for name, value in results.items() if name.startswith("eval/")}
+
+
+# -- one process: files, moments, and what is wrong with samples -----------------------------------------------------
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def evaluated(model: Path, output: Path, evaluator: dict[str, Any], rows: list[dict[str, Any]], **data: Any) -> Any:
+    """The results of one evaluator, by the names without its own."""
+    config = RunConfig(
+        model={"model_name_or_path": str(model)},
+        data={"eval": write(output / "rows.jsonl", rows), "cache_dir": str(output / "cache"), **data},
+        train={"output_dir": str(output / "run")},
+        evaluation={"evaluators": [evaluator], "per_device_eval_batch_size": 2},
+    )
+    results = Trainer(config, observers=()).evaluate()
+    return {name.rpartition("/")[2]: value for name, value in results.items()}
+
+
+GENERATION: dict[str, Any] = {"type": "generation", "max_new_tokens": 4, "metrics": ["exact-match"]}
+CHOICE: dict[str, Any] = {"type": "classification", "metrics": ["accuracy"]}
+PAIR = {"input": "ab", "output": "c"}
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "row", "said"),
+    [
+        (GENERATION, {"input": "ab"}, "rows.jsonl:2: the columns input are no known format"),
+        (GENERATION, {"input": "ab", "output": []}, "rows.jsonl:2: there is no right answer to compare with"),
+        (GENERATION, {"input": "", "output": "c"}, "rows.jsonl:2: the prompt is empty"),
+        (GENERATION | {"max_new_tokens": 512}, PAIR, "max_new_tokens = 512: leaves no room for a prompt in the 512"),
+        (CHOICE, {"input": "ab", "output": ["c", "d"]}, "rows.jsonl:2: the column target is missing"),
+        (CHOICE, {"input": "ab", "output": ["c", "d"], "target": 2}, "target=2, but the 2 choices count from 0"),
+        (CHOICE, {"input": "ab", "output": ["c", "d"], "target": -1}, "target=-1, but the 2 choices count from 0"),
+        (CHOICE, {"input": "ab", "output": ["c", "d"], "target": True}, "the column target is a bool"),
+        (CHOICE, {"input": "ab", "output": ["c", "d"], "target": "e"}, "target='e' is none of the choices: c, d"),
+        (CHOICE, {"input": "ab", "output": ["c"], "target": 0}, "output must be a list of two or more texts"),
+        (CHOICE, {"input": "ab", "output": "c", "target": 0}, "output must be a list of two or more texts"),
+        (CHOICE, {"output": ["c", "d"], "target": 0}, "the column input of the prompt is missing"),
+        (CHOICE, {"input": "", "output": ["c", "d"], "target": 0}, "the prompt has no token of its own"),
+        (CHOICE, {"input": "ab", "output": ["c" * 512, "d"], "target": 0}, "a choice of 512 tokens leaves no room"),
+        ({"type": "perplexity", "stride": 40, "window": 513}, PAIR, "window = 513: is longer than the 512 positions"),
+        ({"type": "perplexity", "stride": 600}, PAIR, "stride = 600: must be below the window of 512 tokens"),
+        (GENERATION | {"metrics": ["exact-match", "exact-match"]}, PAIR, "exact_match is given twice"),
+    ],
+)
+def test_what_is_wrong_with_samples_is_said_once(
+    evaluator: dict[str, Any], row: dict[str, Any], said: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    good = PAIR if evaluator["type"] != "classification" else {"input": "ab", "output": ["c", "d"], "target": "d"}
+    with pytest.raises(CollieError) as caught:
+        evaluated(tiny_llama, tmp_path, evaluator, [good, row])
+    assert said in str(caught.value)
+    assert not list((tmp_path / "run").rglob("*.jsonl*"))
+
+
+@pytest.mark.parametrize("by", ["likelihood", "generation"])
+def test_prompts_beyond_the_context_lose_their_beginning_and_are_counted(
+    by: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rows = [{"input": "a" * length, "output": [" b", " c"], "target": 0} for length in (10, 508, 900)]
+    found = evaluated(tiny_llama, tmp_path, {**CHOICE, "by": by}, rows)
+    assert found["truncated_prompts"] == 1 + (by == "generation")  # 16 new tokens need more room than a choice
+    short = [{"input": "a" * length, "output": " b"} for length in (10, 900)]
+    assert evaluated(tiny_llama, tmp_path, GENERATION, short)["truncated_prompts"] == 1
+    assert "truncated_prompts" not in evaluated(tiny_llama, tmp_path, GENERATION, short[:1])
+
+
+def test_an_empty_answer_is_an_answer(tiny_llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    with torch.no_grad():  # whatever comes before, the end of text follows
+        model.model.norm.weight.zero_()
+        model.lm_head = torch.nn.Linear(64, len(tokenizer))
+        model.lm_head.bias[tokenizer.eos_token_id] = 100.0
+    config = RunConfig(
+        data={"cache_dir": str(tmp_path / "cache")},
+        train={"output_dir": str(tmp_path / "run")},
+        evaluation={"evaluators": [GENERATION]},
+    )
+    rows = [PAIR, {"input": "x", "output": ""}]
+    trainer = Trainer(config, model=model, tokenizer=tokenizer, eval_dataset=rows, observers=())
+    assert trainer.evaluate()["eval/generation/exact_match"] == 0.5
+    assert [row["prediction"] for row in predictions(tmp_path)["generation"]] == ["", ""]
+
+
+def test_stops_streams_and_a_tokenizer_without_padding(plain: Any) -> None:
+    model, tokenizer = plain
+    prompts = [tokenizer(story)["input_ids"] for story in STORIES[:2]]
+    whole = generate(model, tokenizer, prompts, max_new_tokens=30)
+    text = answer_text(tokenizer, whole[0])
+    stop = next(character for character in text[4:] if character.isascii() and character.isprintable())
+    stopped = generate(model, tokenizer, prompts, max_new_tokens=30, stop=[stop])
+    assert answer_text(tokenizer, stopped[0], [stop]) == text[: text.index(stop)]
+    assert len(stopped[0]) < len(whole[0])
+
+    class Streamer:
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+
+        def put(self, ids: torch.Tensor) -> None:
+            self.ids += ids.flatten().tolist()
+
+        def end(self) -> None:
+            self.ids.append(-1)
+
+    streamer = Streamer()
+    (one,) = generate(model, tokenizer, prompts[:1], max_new_tokens=5, streamer=streamer)
+    assert streamer.ids == [*prompts[0], *one, -1]
+    for pad in (None, tokenizer.eos_token):
+        tokenizer.pad_token = pad
+        assert generate(model, tokenizer, prompts, max_new_tokens=30) == whole
+
+
+def test_a_run_evaluates_when_it_is_told_to_and_keeps_each_time(
+    tiny_llama: Path, instructions: Path, tmp_path: Path
+) -> None:
+    """Ten samples, three at a step: epochs end at the 4th, 7th and 10th step."""
+    config = RunConfig(
+        model={"model_name_or_path": str(tiny_llama)},
+        data={"train": [{"path": str(instructions), "split": "train[:10]"}], "cache_dir": str(tmp_path / "cache")},
+        train={"max_steps": 8, "per_device_train_batch_size": 3, "output_dir": str(tmp_path / "run")},
+        evaluation={
+            "epochs": 1,
+            "evaluators": [GENERATION | {"data": write(tmp_path / "rows.jsonl", [PAIR] * 3), "metrics": ["bleu"]}],
+        },
+    )
+    trainer = Trainer(config, observers=())
+    results = trainer.train()
+    assert {"eval/generation/bleu"} == {name for name in results if name.startswith("eval/")}
+    assert trainer.run.facts["eval_samples"] == 3
+    assert "version" in trainer.details["eval/generation/bleu_signature"]
+    names = sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir())
+    steps = ("00000004", "00000007", "00000008")
+    assert names == [f"generation-step-{step}{end}" for step in steps for end in (".details.json", ".jsonl")]
+
+
+def test_the_command_shows_numbers_and_what_they_were_computed_with(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    rows = write(tmp_path / "rows.jsonl", [PAIR] * 3)
+    path.write_text(
+        f"data: {{cache_dir: {tmp_path / 'cache'}}}\ntrain: {{output_dir: {tmp_path / 'run'}}}\n"
+        f"evaluation: {{evaluators: [{{type: generation, max_new_tokens: 4, data: {rows}, metrics: [bleu]}}]}}\n"
+    )
+    assert main(["eval", str(path), "--model", str(tiny_llama), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    signature = found.pop("details")["eval/generation/bleu_signature"]
+    assert list(found) == ["eval/generation/bleu"]
+    assert main(["eval", str(path), "--model", str(tiny_llama)]) == 0
+    assert f"eval/generation/bleu_signature: {signature}" in capsys.readouterr().out
+    assert main(["eval", str(path), "--model", str(tiny_llama), "evaluation.evaluators=[perplexity]"]) == 1
+    assert "nothing to evaluate" in capsys.readouterr().err
+
+
+# -- real samples ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_benchmarks_people_publish(tmp_path: Path) -> None:
+    """GSM8K, rt-polarity and MMLU, as their rows are."""
+    text = REAL_DATA / "text"
+    if not text.is_dir():
+        pytest.skip("no real data here")
+
+    def part(name: str, count: int) -> list[dict[str, str]]:
+        return [{"path": str(text / name), "split": f"train[:{count}]"}]
+
+    polarity, mmlu = part("rt_polarity_cls_8000.jsonl", 40), part("mmlu_dev.jsonl", 40)
+    evaluators = [
+        {**GENERATION, "metrics": ["numeric-match"], "data": part("gsm8k_train_2000.jsonl", 24), "stop": ["\n\n"]},
+        *(
+            {**CHOICE, "name": f"polarity-{how}", "data": polarity, "normalise": how}
+            for how in ("none", "unconditional")
+        ),
+        {**CHOICE, "name": "mmlu", "data": mmlu},
+        {**CHOICE, "name": "mmlu-written", "data": mmlu, "by": "generation", "max_new_tokens": 2},
+    ]
+    config = RunConfig(
+        model={"model_name_or_path": str(REAL_DATA / "stories260K-hf")},
+        data={"cache_dir": str(tmp_path / "cache")},
+        train={"output_dir": str(tmp_path / "run")},
+        evaluation={"evaluators": evaluators, "per_device_eval_batch_size": 8},
+    )
+    results = Trainer(config, observers=()).evaluate()
+    files = predictions(tmp_path)
+    assert {name: len(rows) for name, rows in files.items()} == {
+        "generation": 24, "polarity-none": 40, "polarity-unconditional": 40, "mmlu": 40, "mmlu-written": 40,
+    }  # fmt: skip
+    for name in ("polarity-none", "polarity-unconditional", "mmlu", "mmlu-written"):
+        hits = sum(row["prediction"] == row["target"] for row in files[name])
+        assert results[f"eval/{name}/accuracy"] == pytest.approx(hits / 40)
+    assert {row["target"] for row in files["polarity-none"]} == {"negative", "positive"}
+    assert all(row["references"][0].count("####") == 1 for row in files["generation"])

@@ -281,7 +281,7 @@ def test_a_restart_changes_no_bit(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("topology", ["tp2", "pp2", "dp2zero1", "dp2zero3"])
+@pytest.mark.parametrize("topology", ["tp2", "pp2", "pp2dp2zero1", "dp2zero3"])
 def test_groups_by_pattern_are_the_same_everywhere(
     topology: str, zygote: Any, llama: Path, instructions: Path, alone: Numbers, tmp_path: Path
 ) -> None:

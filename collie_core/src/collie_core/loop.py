@@ -136,7 +136,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Results over the evaluation samples, as `eval/<name>`; none without evaluation samples."""
         parts = self.parts
-        if not any(map(parts.has_samples, self.config.evaluation.evaluators)):
+        if not parts.evaluates:
             return {}
         model = parts.step.model if parts.training else parts.model
         with evaluating(model):

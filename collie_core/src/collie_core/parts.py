@@ -45,11 +45,11 @@ from collie_core.model.stages import borrow_head, lend
 from collie_core.model.virtual_tokens import virtual_tokens_of
 from collie_core.model.vocabulary_extension import VocabularyExtension
 from collie_core.model.vocabulary_extension import extend as extend_vocabulary
-from collie_core.optimizers.build import parameter_groups, schedule
+from collie_core.optimizers.build import parameter_groups, schedule, with_equal_number
 from collie_core.topology import Topology
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from collie_core.config.base import AdapterConfig
     from collie_core.config.evaluation import EvaluatorConfig
@@ -128,7 +128,8 @@ class Parts:
         model = self._new_model() if self.given.model is None else self.given.model
         if self.config.adapter is not None:
             model = self._adapted(model, self.config.adapter)
-            check_length(model.config, self.config.data.max_length, virtual_tokens_of(model).count)
+            config = cast("PretrainedConfig", model.config)
+            check_length(config, self.config.data.max_length, virtual_tokens_of(model).count)
         model = model.to(self.device)
         lend(model)
         return model
@@ -225,6 +226,13 @@ class Parts:
             return len(self.eval_dataset)
         section = next(filter(self.has_samples, self.config.evaluation.evaluators), None)
         return 0 if section is None else sum(1 for _ in self.evaluator_rows(section))
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        if self.given.eval_fn is not None:
+            return self.eval_dataset is not None
+        return any(map(self.has_samples, self.config.evaluation.evaluators))
 
     def has_samples(self, section: EvaluatorConfig) -> bool:
         """Whether an evaluator has samples to work on; the default one has none in a run without `data.eval`."""
@@ -405,6 +413,8 @@ class Parts:
             return given
         roles = self.optimizer_can.parameter_roles
         groups = parameter_groups(self.model, section, self.topology, roles=roles)
+        if self.config.parallel.zero_stage > 0 and self.topology.model.size > 1:
+            groups = with_equal_number(groups, self.model, self.topology)
         if given is not None:
             return given(groups)
         optimizer = cast(Optimizer, self.registry.build("optimizer", section.type, params=groups, config=section))

@@ -88,7 +88,10 @@ def test_one_rule_in_words(line: str, key: str, rule: str) -> None:
         ("max_steps: 5", "It belongs to train: train.max_steps."),
         ("train: {weight_decay: 1}", "It belongs to optimizer: optimizer.weight_decay."),
         ("data: {train: [{path: x, wieght: 2}]}", "Did you mean weight?"),
-        ("evaluation: {evaluators: [{type: perplexity, zzz: 1}]}", "Known here: batch_size, data, metrics, name, stride, type, window."),
+        (
+            "evaluation: {evaluators: [{type: perplexity, zzz: 1}]}",
+            "Known here: batch_size, data, metrics, name, stride, type, window.",
+        ),
         ("model: {dtype: bfloat61}", "Did you mean bfloat16?"),
         ("lr_scheduler: cosin", "Did you mean cosine?"),
         ("train: {output_dir: 5}", "put it in quotes"),

@@ -135,6 +135,33 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
     assert evil in page.texts
 
 
+def test_the_best_evaluation_has_its_place(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.best = {"step": 2, "epoch": 1.0, "metric": "eval/loss", "value": 1.25}
+    play([HtmlReport(), MetricsFile()], run)
+    assert json.loads((tmp_path / "summary.json").read_text())["best"] == run.best
+    _, page = read(tmp_path / "report.html")
+    assert page.texts[page.texts.index("best eval/loss, step 2") + 1] == "1.250"
+
+
+def test_results_monitors_and_numbers_of_plugins_have_curves() -> None:
+    rows = [
+        {"step": step, "loss": 1.0, "tokens_per_second_per_device": 5.0, "host/cpu_percent": 50.0 * step, "smooth": 2.0}
+        | {"eval/chat/rouge1": 0.5, "eval/loss": 1.0}
+        for step in (1, 2)
+    ]
+    found = charts(rows)
+    assert [chart.title for chart in found] == [
+        "Loss (nats per target token)",
+        "Chat/rouge1",
+        "host/cpu_percent",
+        "smooth",
+    ]
+    assert len({chart.name for chart in found}) == len(found)
+    assert found[2].tick(2_500_000.0) == "2.50 M"
+    assert found[2].tick(0.25) == "0.25"
+
+
 def test_it_can_be_rebuilt_from_the_files(tmp_path: Path) -> None:
     play([HtmlReport(), MetricsFile()], make_run(tmp_path))
     first = (tmp_path / "report.html").read_bytes()

@@ -65,6 +65,9 @@ def test_overwriting_removes_only_what_collie_wrote(tmp_path: Path) -> None:
         "model/model.safetensors",
         "model/config.json",
         "model/tokenizer.json",
+        "best/best.json",
+        "best/adapter_model.safetensors",
+        "metrics.csv",
         "checkpoints/step-00000100/state",
         "tensorboard/events.out.tfevents.1.host.2.0",
         "notes.txt",
@@ -84,6 +87,7 @@ def test_overwriting_removes_only_what_collie_wrote(tmp_path: Path) -> None:
         "tensorboard/notes.txt",
     }
     assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "best").exists()
 
 
 def test_overwriting_spares_a_config_that_is_not_ours(tmp_path: Path) -> None:

@@ -127,6 +127,24 @@ def _dedent(code: str) -> str:
     return dedent(code)
 
 
+def test_a_configuration_with_trackers_and_monitors_is_checked_without_their_packages(
+    python: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: m\ndata: {train: t}\ntrain: {monitors: [host, disk, network]}\n"
+        "report_to: [csv, tensorboard, {type: wandb, project: p}, {type: mlflow, experiment: e}]\n"
+    )
+    code = (
+        "import sys\nfrom collie_core.cli import main\n"
+        f"assert main(['validate', {str(file)!r}]) == 0\n"
+        "heavy = {'torch', 'psutil', 'tensorboard', 'wandb', 'mlflow', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
 # -- metrics.csv --------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Prompt, p- and prefix tuning and LLaMA-Adapter on a tiny random llama, against peft's own model: start, logits, text."""
+"""Prompt, p- and prefix tuning and LLaMA-Adapter on a tiny llama against peft's own model: start, logits, text."""
 
 from __future__ import annotations
 

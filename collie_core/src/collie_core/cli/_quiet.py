@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from logging import ERROR, getLogger
 
 
 def quiet_libraries() -> None:
@@ -14,6 +15,7 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     disable_progress_bar()
+    getLogger("bitsandbytes").setLevel(ERROR)  # it misses an optional kernel when peft imports it, used or not
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers|peft)\b")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search for one, and the warning about it

@@ -44,14 +44,15 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(config, observers=())
         results = trainer.evaluate()
         if trainer.topology.is_main:
-            _show({**results, **trainer.details}, as_json=args.json)
+            _show(results, trainer.details, as_json=args.json)
     return 0
 
 
-def _show(results: Mapping[str, float | str], *, as_json: bool) -> None:
+def _show(results: Mapping[str, float], details: Mapping[str, str], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(results))
+        print(json.dumps({**results, "details": dict(details)} if details else results))
     else:
         width = max(map(len, results))
-        for name, value in results.items():
-            print(f"{name:<{width}}  {value}" if isinstance(value, str) else f"{name:<{width}}  {value:.6g}")
+        print("\n".join(f"{name:<{width}}  {value:.6g}" for name, value in results.items()))
+        for name, text in details.items():
+            print(f"{name}: {text}")

@@ -91,9 +91,16 @@ def _table(fields: Any, section: Schema, shared: Schema) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, field in fields:
         required = name in section.get("required", ())
-        default = "required" if required else f"`{json.dumps(field['default'])}`" if "default" in field else ""
+        default = "required" if required else f"`{json.dumps(_short(field['default']))}`" if "default" in field else ""
         cells = (f"`{name}`", _type(field, shared), default, field.get("description", ""))
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _short(default: Any) -> Any:
+    """Sections of plugins by their type alone: the rest are their own defaults."""
+    if isinstance(default, list) and all(isinstance(item, Mapping) and "type" in item for item in default):
+        return [{"type": item["type"]} for item in default]
+    return default
 
 
 def _line(field: Schema, section: Schema | None = None) -> str:

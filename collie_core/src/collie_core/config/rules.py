@@ -408,7 +408,7 @@ def value(config: RunConfig, key: str) -> object:
 def compatibility_page() -> str:
     """docs/compatibility.md."""
     rows = [
-        f"| {rule.what} | {rule.why if isinstance(rule.why, str) else 'the plugin says why'} | {rule.fix} |"
+        f"| {rule.what} | {rule.why if isinstance(rule.why, str) else 'the message says why'} | {rule.fix} |"
         for rule in RULES
     ]
     return "\n".join([_PAGE, *rows, ""])

@@ -166,21 +166,22 @@ class EvaluationContext:
         for metric, *others in zip(*self.topology.gather_objects(own), strict=True):
             for other in others:
                 metric.merge(other)
-            require_new_names(self.name, numbers, metric)
-            numbers |= metric.compute()
+            found = metric.compute()
+            require_new_names(self.name, numbers, found)
+            numbers |= found
             if isinstance(metric, DetailedMetric):
                 details |= metric.details()
         return Outcome(numbers, details)
 
 
-def require_new_names(evaluator: str, known: Mapping[str, float], metric: Metric) -> None:
-    """Refuse a metric whose results have names that are taken.
+def require_new_names(evaluator: str, known: Mapping[str, float], found: Mapping[str, float]) -> None:
+    """Refuse results of a metric that have names which are taken.
 
     Raises:
-        RunError: it gives such a name.
+        RunError: one has such a name.
     """
-    if twice := sorted(known.keys() & metric.compute().keys()):
+    if twice := sorted(known.keys() & found.keys()):
         raise RunError(
-            f"evaluator {evaluator}: {', '.join(twice)} is given twice, by {type(metric).__name__} and before it; "
-            "put one of the metrics into another evaluator with a name of its own"
+            f"evaluator {evaluator}: {', '.join(twice)} is given twice; put one of the metrics into another evaluator "
+            "with a name of its own"
         )

@@ -14,8 +14,6 @@ from collie_core.generate import SampleText
 if TYPE_CHECKING:
     from collie_core.topology import Topology
 
-FOLDER = "predictions"
-
 
 class Predictions:
     """A file that the main rank writes while the evaluation goes on; the first few samples are kept to be shown.

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from collie_core.errors import RunError
 from collie_core.evaluate.context import EvaluationContext, Reading, require_new_names
-from collie_core.evaluate.predictions import FOLDER, Predictions
+from collie_core.evaluate.predictions import Predictions
 from collie_core.generate import SampleText
+from collie_core.report.rundir import PREDICTIONS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,8 +64,9 @@ def check_metrics(registry: Plugins, section: EvaluatorConfig) -> None:
     """
     names: dict[str, float] = {}
     for reading in _readings(registry, section):
-        require_new_names(section.known_as, names, reading.metric)
-        names |= reading.metric.compute()
+        found = reading.metric.compute()
+        require_new_names(section.known_as, names, found)
+        names |= found
 
 
 def _readings(registry: Plugins, section: EvaluatorConfig) -> Iterator[Reading]:
@@ -75,7 +77,7 @@ def _readings(registry: Plugins, section: EvaluatorConfig) -> Iterator[Reading]:
 
 def _context(parts: Parts, section: EvaluatorConfig, model: nn.Module, step: int | None) -> EvaluationContext:
     when = "" if step is None else f"-step-{step:08d}"
-    path = Path(parts.config.train.output_dir) / FOLDER / f"{section.known_as}{when}.jsonl"
+    path = Path(parts.config.train.output_dir) / PREDICTIONS / f"{section.known_as}{when}.jsonl"
     return EvaluationContext(
         name=section.known_as,
         model=model,

@@ -1,4 +1,4 @@
-"""Frozen base weights in 8 or 4 bits, through bitsandbytes, for an adapter to be trained on (arXiv 2208.07339, 2305.14314).
+"""Frozen base weights in 8 or 4 bits, through bitsandbytes, under an adapter (arXiv 2208.07339, 2305.14314).
 
 All linear layers but the output head are quantized, each when it moves to the device, so that the device never holds
 more than one of them as it was. Norms, embeddings and the adapter stay as they are.

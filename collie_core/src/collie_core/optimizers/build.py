@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from collie_core.errors import RunError
+from collie_core.model.adapters import UNUSED
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -54,6 +57,22 @@ def parameter_groups(
         key = (-number, -options["weight_decay"], role if roles else "")
         groups.setdefault(key, {"params": [], **options})["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
+
+
+def with_equal_number(groups: list[dict[str, Any]], model: nn.Module, topology: Topology) -> list[dict[str, Any]]:
+    """As many groups on every rank of a copy of the model, since DeepSpeed exchanges the norm of each. Collective.
+
+    A stage may have fewer: patterns name layers, and an adapter may have its vectors on one stage alone. Groups of a
+    parameter that nothing depends on make up for them; which norms meet in the sum of all is the same.
+    """
+    device = groups[0]["params"][0].device
+    most = torch.tensor(len(groups), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=topology.model.group)
+    for number in range(int(most) - len(groups)):
+        nothing = nn.Parameter(groups[0]["params"][0].new_zeros(1))
+        model.register_parameter(f"{UNUSED}_group{number}", nothing)
+        groups.append({**groups[0], "params": [nothing]})
+    return groups
 
 
 def _first_match(name: str, patterns: Sequence[ParamGroup]) -> int:

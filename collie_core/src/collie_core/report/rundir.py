@@ -31,6 +31,7 @@ MODEL = "model"
 BEST = "best"
 BEST_FACTS = "best.json"  # in that folder, so that the number always belongs to the weights
 CHECKPOINTS = "checkpoints"
+PREDICTIONS = "predictions"
 
 HEADER = "# Written by CoLLiE: the configuration of this run, everything resolved.\n"
 
@@ -61,6 +62,8 @@ OWN_FILES = (
     f"{TENSORBOARD}/events.out.tfevents.*",
     f"{BEST}/{BEST_FACTS}",
     *(f"{folder}/{file}" for folder in (MODEL, BEST) for file in _EXPORT),
+    f"{PREDICTIONS}/*.jsonl",
+    f"{PREDICTIONS}/*.details.json",
 )
 OWN_FOLDERS = (f"{CHECKPOINTS}/step-*",)
 
@@ -224,7 +227,7 @@ def _remove_own_files(output_dir: Path) -> None:
     for pattern in OWN_FOLDERS:
         for path in output_dir.glob(pattern):
             shutil.rmtree(path)
-    for folder in (TENSORBOARD, MODEL, BEST, CHECKPOINTS):
+    for folder in (TENSORBOARD, MODEL, BEST, CHECKPOINTS, PREDICTIONS):
         path = output_dir / folder
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

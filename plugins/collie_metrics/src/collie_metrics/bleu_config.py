@@ -1,4 +1,4 @@
-"""An item `{type: bleu}` of `evaluation.evaluators`: sacrebleu's own names and defaults."""
+"""An item `{type: bleu}` of the `metrics` of an evaluator: sacrebleu's own names and defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An item `{type: chrf}` of `evaluation.evaluators`: sacrebleu's own names and defaults."""
+"""An item `{type: chrf}` of the `metrics` of an evaluator: sacrebleu's own names and defaults."""
 
 from __future__ import annotations
 

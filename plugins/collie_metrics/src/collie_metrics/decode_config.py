@@ -1,4 +1,4 @@
-"""An item `{type: decode}` of `evaluation.evaluators`."""
+"""An item `{type: decode}` of the `metrics` of an evaluator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An item `{type: exact-match}` of `evaluation.evaluators`."""
+"""An item `{type: exact-match}` of the `metrics` of an evaluator."""
 
 from __future__ import annotations
 

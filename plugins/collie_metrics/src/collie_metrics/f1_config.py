@@ -1,4 +1,4 @@
-"""An item `{type: f1}` of `evaluation.evaluators`."""
+"""An item `{type: f1}` of the `metrics` of an evaluator."""
 
 from __future__ import annotations
 

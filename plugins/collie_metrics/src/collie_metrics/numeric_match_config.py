@@ -1,4 +1,4 @@
-"""An item `{type: numeric-match}` of `evaluation.evaluators`."""
+"""An item `{type: numeric-match}` of the `metrics` of an evaluator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An item `{type: rouge}` of `evaluation.evaluators`."""
+"""An item `{type: rouge}` of the `metrics` of an evaluator."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LlamaAdapterConfig(AdapterConfig):
-    """LLaMA-Adapter (Zhang et al. 2023): prompts in the attention of the last layers, behind a gate that starts at 0."""
+    """LLaMA-Adapter (Zhang et al. 2023): prompts in the attention of the last layers, behind a gate."""
 
     type: Literal["llama_adapter"] = "llama_adapter"
     adapter_len: PositiveInt = Field(10, description="Virtual tokens in each layer.")

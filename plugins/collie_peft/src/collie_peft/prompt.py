@@ -119,7 +119,7 @@ class PromptTuningAdapter(PromptAdapter):
     def _encoder(self, model: Any, config: Any, words: nn.Module | None) -> nn.Module:
         if words is None:
             return SimpleTable(config.num_virtual_tokens, config.token_dim)
-        return peft.PromptEmbedding(config, _Words(words, model.config.get_text_config().vocab_size))
+        return cast(nn.Module, peft.PromptEmbedding(config, _Words(words, model.config.get_text_config().vocab_size)))
 
 
 class PTuningAdapter(PromptAdapter):
@@ -130,7 +130,7 @@ class PTuningAdapter(PromptAdapter):
     def _encoder(self, model: Any, config: Any, words: nn.Module | None) -> nn.Module:
         if config.inference_mode:
             return SimpleTable(config.num_virtual_tokens, config.token_dim)
-        return peft.PromptEncoder(config)
+        return cast(nn.Module, peft.PromptEncoder(config))
 
 
 class PrefixTuningAdapter(PromptAdapter):
@@ -140,7 +140,7 @@ class PrefixTuningAdapter(PromptAdapter):
     form: ClassVar = "keys"
 
     def _encoder(self, model: Any, config: Any, words: nn.Module | None) -> nn.Module:
-        return peft.PrefixEncoder(config)
+        return cast(nn.Module, peft.PrefixEncoder(config))
 
 
 class SimpleTable(nn.Module):
