@@ -3,7 +3,7 @@
 First, LoRA of rank 8 on all linear layers of a llama of 15 million parameters, 8 x 256 tokens a step, the same samples,
 fused AdamW and clipping, float32. For speed both run in threads of which one at a time may move, a step each in turn,
 so that a machine whose speed drifts slows both alike; the ratio is the median over rounds. For memory each runs once
-more in a process of its own: how far its resident memory rises above what it was after all imports.
+more, three steps in a process of its own, under torch's profiler, which sees every tensor come and go.
 
 Then every method on a model of one million parameters that has learned the shipped questions for a while, a process for
 each: parameters that are trained, speed, memory, and the mean loss of the last steps.
@@ -16,9 +16,10 @@ Exit code 1 when LoRA here is slower than there by more than noise, or takes mor
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
-import resource
+import os
 import statistics
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from typing import Any
 import peft
 import torch
 from throughput import BATCH, LENGTH, WARM_UP, StepEnd, new_model, samples, taking_turns
+from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer as TransformersTrainer
 from transformers import TrainingArguments
 
@@ -40,13 +42,14 @@ from collie_core.data.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 NOISE = 1.03
+SHORT = 10  # steps of a method under the profiler: AdaLoRA needs some for its schedule
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": LINEAR}
 METHODS: dict[str, dict[str, Any] | None] = {
     "full fine-tuning": None,
     "lora": {"type": "lora", **LORA},
     "lora, DoRA": {"type": "lora", "use_dora": True, **LORA},
-    "adalora": {"type": "adalora", "init_r": 12, "target_r": 8, "tinit": 5, "tfinal": 10, "target_modules": LINEAR},
+    "adalora": {"type": "adalora", "init_r": 12, "target_r": 8, "tinit": 3, "tfinal": 6, "target_modules": LINEAR},
     "ia3": {"type": "ia3"},
     "bottleneck, houlsby": {"type": "bottleneck"},
     "bottleneck, pfeiffer": {"type": "bottleneck", "placement": "pfeiffer"},
@@ -109,39 +112,40 @@ def contender(name: str, base: str, rows: Rows) -> Callable[[Callable[[], None]]
     return partial(by_transformers, model, rows)
 
 
-def in_process(work: Callable[[], Any]) -> tuple[Any, int]:
-    """What `work` returns in a process of its own, and by how many bytes its resident memory rose at most."""
+def in_process(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a process of its own."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-
-    def run() -> None:
-        before = _resident()
-        result = work()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        sender.send((result, peak - before))
-
-    process = context.Process(target=run)
+    process = context.Process(target=lambda: sender.send(work()))
     process.start()
     sender.close()
-    result: tuple[Any, int] = receiver.recv()
+    result = receiver.recv()
     process.join()
     return result
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most memory that tensors have at once in `work`, as torch's allocator counts it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        profiled.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
 
 
 def compare(base: str, steps: int) -> tuple[list[str], bool]:
     """Lines of the first table, and whether the target is met."""
     rows = samples(steps + WARM_UP)
-    few = rows[: 4 * BATCH]
-    peaks = {name: in_process(partial(contender, base, few, lambda: None))[1] for name, contender in CONTENDERS.items()}
-    seconds = taking_turns({name: partial(contender, base, rows) for name, contender in CONTENDERS.items()})
-    ours, theirs = seconds["CoLLiE"], seconds["transformers Trainer, peft"]
-    speed = statistics.median(other / own for own, other in zip(ours, theirs, strict=True))
-    memory = peaks["transformers Trainer, peft"] / peaks["CoLLiE"]
+    few = rows[: 3 * BATCH]
+    names = (OURS, THEIRS)
+    peaks = {
+        name: in_process(lambda name=name: peak_bytes(lambda: contender(name, base, few)(lambda: None)))
+        for name in names
+    }
+    seconds = taking_turns({name: contender(name, base, rows) for name in names})
+    speed = statistics.median(other / own for own, other in zip(seconds[OURS], seconds[THEIRS], strict=True))
+    memory = peaks[THEIRS] / peaks[OURS]
     lines = ["| LoRA r 8 | ms per step | tokens/s | peak MiB | speed | memory |", "|---|--:|--:|--:|--:|--:|"]
     for name, own in seconds.items():
         median = statistics.median(own)
@@ -210,13 +214,15 @@ def pretrain(output: str, steps: int) -> Path:
 
 def methods(folder: str, steps: int) -> list[str]:
     """Lines of the second table."""
-    base = in_process(partial(pretrain, f"{folder}/base", 150))[0]
+    base = in_process(partial(pretrain, f"{folder}/base", 150))
     lines = [
         f"| method | trained parameters | tokens/s | peak MiB | loss after {steps} steps |",
         "|---|--:|--:|--:|--:|",
     ]
     for number, name in enumerate(METHODS):
-        found, peak = in_process(partial(learn, str(base), f"{folder}/{number}", steps, name))
+        found = in_process(partial(learn, str(base), f"{folder}/{number}", steps, name))
+        short = partial(learn, str(base), f"{folder}/{number}-short", SHORT, name)
+        peak = in_process(partial(peak_bytes, short))
         lines.append(
             f"| {name} | {found['share']:.2%} | {found['speed']:.0f} | {peak / 2**20:.0f} | {found['loss']:.3f} |"
         )
@@ -232,13 +238,12 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a process that forks has no threads of its own that children would wait for
     with tempfile.TemporaryDirectory() as folder:
         table = methods(folder, args.method_steps)
         write_base(f"{folder}/llama")
         compared, met = compare(f"{folder}/llama", args.steps)
-    facts = f"{threads} cores, 1 thread, float32, torch {torch.__version__}, peft {version('peft')}"
+    facts = f"{os.cpu_count()} cores, 1 thread, float32, torch {torch.__version__}, peft {version('peft')}"
     text = "\n".join([facts, "", *compared, "", *table, ""])
     print(text)
     if args.write:

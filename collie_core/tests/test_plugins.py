@@ -16,7 +16,7 @@ from fake_dists import write_distribution
 
 from collie_core.config.base import ComponentConfig, OptimizerConfig
 from collie_core.errors import ModelError, PluginError
-from collie_core.hookspecs import Can, MetricCan, OptimizerCan
+from collie_core.hookspecs import Can, EvaluatorCan, MetricCan, OptimizerCan
 from collie_core.plugins import CATALOGUE, GROUPS, Entry, Plugins, check_agreement
 
 COMPONENT = "from collie_core.api import Component, OptimizerCan\n"
@@ -401,7 +401,8 @@ def test_a_config_that_is_none(install: Any, config: str, cause: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("optimizer", OptimizerCan()), ("metric", MetricCan()), ("server", Can())]
+    ("kind", "expected"),
+    [("optimizer", OptimizerCan()), ("metric", MetricCan()), ("evaluator", EvaluatorCan()), ("server", Can())],
 )
 def test_capabilities_are_those_of_the_kind(install: Any, kind: str, expected: Can) -> None:
     assert _one(install, kind, 'build="x:y"', "").component(kind, "one").can == expected
@@ -449,6 +450,7 @@ class A:
         ("metric", METRIC.replace("prediction, ", "") + "T = M", "M.update(self, target) must accept"),
         ("metric", METRIC + "def T(n): return M()", "T(n) must accept (): missing a required argument: 'n'"),
         ("model", "class T:\n  def make_config(self, raw): ...", "T has no attribute 'model_type'"),
+        ("evaluator", "class T:\n  def evaluate(self): ...", "T.evaluate(self) must accept (self, context"),
         ("server", "class T:\n  def serve(self): ...", "T.serve(self) must accept (self, model, tokenizer"),
     ],
 )

@@ -59,6 +59,15 @@ class BestModel:
         if improved:
             self.export(run.output_dir / BEST, lambda folder: write_json(folder / BEST_FACTS, best))
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"best": self.run.best, "reference": self._reference, "waited": self._waited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` gave."""
+        self.run.best = dict(state["best"])
+        self._reference, self._waited = state["reference"], state["waited"]
+
     def _decide(self, results: Mapping[str, float]) -> tuple[str, bool, dict[str, Any], str]:
         """What is wrong, whether these results are the best so far, the best so far, and why to stop."""
         run, section = self.run, self.section

@@ -44,6 +44,7 @@ class OptimizerCan(Can):
     estimates_curvature: bool = False  # it is a `CurvatureOptimizer`
     whole_tensors: bool = False  # it cannot work on the flat slices of parameters that ZeRO hands out
     parameter_roles: bool = False  # its groups come divided by `role`: hidden matrices, and the others
+    factored_state: Mapping[str, int] = field(default_factory=dict)  # state that lacks this dimension of its parameter
 
 
 @dataclass(frozen=True)

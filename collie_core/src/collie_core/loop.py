@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from collie_core.best import BestModel
+from collie_core.checkpoint.run import Checkpoints, Follower
+from collie_core.checkpoint.signals import listening
 from collie_core.engine.step import LossFn, TrainFn, token_mean_loss
 from collie_core.errors import RunError
 from collie_core.evaluate.run import Evaluated, run_evaluators
@@ -86,6 +88,7 @@ class Trainer:
         adapter = [] if config.adapter is None else config.registry.hooked("adapter", config.adapter.type)
         # The last one is called first: whatever looks at gradients finds them as the adapter wants them.
         self.hooks = config.registry.hook_manager([*callbacks, *observers, *adapter]).hook
+        self.checkpoints = Checkpoints(self.parts, self._write)
         self.results: dict[str, float] = {}  # the last logged numbers and evaluation results
         self.details: dict[str, str] = {}  # texts that belong to the last evaluation, such as signatures of scores
 
@@ -105,14 +108,19 @@ class Trainer:
         Raises:
             CollieError: a part of the run cannot be built, or the gradients are no longer numbers.
         """
-        with watching(self.topology), self._random_state(), self._recorded() as run:
-            evaluation, best = self.config.evaluation, BestModel(self.config.evaluation.best, run, self._export)
+        listens = listening(self.config.checkpoint.save_steps is not None)
+        with watching(self.topology), self._random_state(), self._recorded() as run, listens as asked:
+            evaluation, checkpoints = self.config.evaluation, self.checkpoints
+            best, meter = BestModel(evaluation.best, run, self._export), Meter(self.topology)
+            followers: dict[str, Follower] = {"best": best, "meter": meter}
+            for name, state in checkpoints.restored.get("followers", {}).items():
+                followers[name].restore(state)
             self.hooks.collie_run_start(run=run)
-            if evaluation.on_start:
+            if evaluation.on_start and run.step == 0:
                 best.evaluated(self.evaluate())
-            step, meter = self.parts.step, Meter(self.topology)
+            step = self.parts.step
             step.model.train()  # loaded models come in evaluation mode: no dropout, no gradient checkpointing
-            for batch in self.parts.loader():
+            for batch in self.parts.loader(checkpoints.position):
                 torch.manual_seed(self._seed(run.step))
                 self.hooks.collie_before_step(run=run, batch=batch)
                 loss = step.forward_backward(batch, self._target_tokens(batch))
@@ -128,9 +136,13 @@ class Trainer:
                 if due:
                     best.evaluated(self.evaluate())
                     meter.restart()
-                if last or run.stop_reason:
+                if checkpoints.due(run, batch, asked, last=last or bool(run.stop_reason)):
+                    with meter.paused():
+                        self._saved(checkpoints.save(run, followers, self.results) / "model")
+                if run.stop_reason or last:
                     break
-            self.save_model(run.output_dir / "model")
+            if not checkpoints.leaving:
+                self.save_model(run.output_dir / "model")
         return dict(self.results)
 
     def evaluate(self) -> dict[str, float]:
@@ -158,16 +170,21 @@ class Trainer:
         """The run with its directory and facts; its end is told to the hooks whatever happens."""
         if self.parts.training:
             raise RunError("this Trainer has trained already; make a new one for another run")
+        checkpoints = self.checkpoints
+        checkpoints.find()
         if self.topology.is_main:
-            refuse_used_directory(self.config)
+            refuse_used_directory(self.config, may_replace=checkpoints.may_replace)
         self.topology.require_same(run_identity(self.config))
         self.parts.build()  # before anything is written: what is wrong with a part leaves no directory behind
         run, registry = self.run, self.config.registry
         run.max_steps = self.parts.max_steps
         run.facts.update(run_facts(self.parts))
         check_agreement(registry.used(), self.topology)
+        checkpoints.restore(run)
+        self.results = dict(checkpoints.restored.get("results", {}))
         if self.topology.is_main:
-            prepare_run_directory(self.config, registry.used())
+            replace, goes_on = checkpoints.may_replace, checkpoints.continues
+            prepare_run_directory(self.config, registry.used(), may_replace=replace, continues=goes_on)
         error: BaseException | None = None
         try:
             yield run
@@ -217,14 +234,20 @@ class Trainer:
         """`save_model`; the main rank lets `add` put more into the same folder."""
 
         def write(folder: Path) -> None:
-            (self._write_model if self.config.adapter is None else self._write_adapter)(folder)
+            self._write(folder)
             if self.topology.is_main:
                 add(folder)
 
         write_folder(path, write, self.topology)
+        return self._saved(path)
+
+    def _saved(self, path: Path) -> Path:
         if self.topology.is_main:
             self.hooks.collie_checkpoint_saved(run=self.run, path=path)
         return path
+
+    def _write(self, folder: Path) -> None:
+        (self._write_model if self.config.adapter is None else self._write_adapter)(folder)
 
     def _write_model(self, folder: Path) -> None:
         model = cast("PreTrainedModel", self.model)

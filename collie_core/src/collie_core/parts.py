@@ -306,8 +306,8 @@ class Parts:
         """Optimizer steps of the run; the last may hold fewer samples."""
         return math.ceil(self.total_samples / self.global_batch_size)
 
-    def loader(self) -> Loader:
-        """The training samples as one `StepBatch` per optimizer step."""
+    def loader(self, start: int = 0) -> Loader:
+        """The training samples as one `StepBatch` per optimizer step, without the first `start` of the run."""
         data = self.config.data
         return Loader(
             self.train_dataset,
@@ -319,6 +319,7 @@ class Parts:
             seed=self.config.train.seed,
             rank=self.topology.dp.rank,
             size=self.topology.dp.size,
+            start=start,
             total=self.total_samples,
             num_workers=data.num_workers,
         )

@@ -25,7 +25,9 @@ ADALOMO = Component(
     build="collie_optim.adalomo:AdaLomo",
     config="collie_optim.adalomo_config:AdaLomoConfig",
     summary="LOMO with adaptive learning rates from factored second moments (arXiv 2310.10195)",
-    can=OptimizerCan(state_bytes_per_parameter=0.02, fuses_backward=True),  # a row and a column of each matrix
+    can=OptimizerCan(  # a row and a column of each matrix
+        state_bytes_per_parameter=0.02, fuses_backward=True, factored_state={"row": -1, "col": -2}
+    ),
 )
 MUON = Component(
     build="collie_optim.muon:Muon",

@@ -160,6 +160,11 @@ def test_what_peft_refuses_is_an_error_of_the_adapter() -> None:
         attach(target_modules=["embed_tokens", "norm"])
 
 
+def test_a_rank_above_the_dimension_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"rank 33 is above the dimension of .*q_proj, which has \d+ inputs"):
+        attach(target_modules=["q_proj"], r=33)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

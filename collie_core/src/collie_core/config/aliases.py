@@ -94,6 +94,12 @@ ALIASES: Mapping[str, Alias] = {
     "eval_per_n_epochs": Alias("evaluation.epochs"),
     "eval_batch_size": Alias("evaluation.per_device_eval_batch_size"),
     "evaluation.batch_size": Alias("evaluation.per_device_eval_batch_size"),
+    # checkpoint
+    "save_steps": Alias("checkpoint.save_steps"),
+    "save_interval": Alias("checkpoint.save_steps"),
+    "checkpoint_every": Alias("checkpoint.save_steps"),
+    "save_total_limit": Alias("checkpoint.save_total_limit"),
+    "resume_from_checkpoint": Alias("checkpoint.resume_from_checkpoint"),
     # adapter
     "adapter.method": Alias("adapter.type"),
     "adapter.rank": Alias("adapter.r"),

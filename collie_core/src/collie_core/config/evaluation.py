@@ -160,7 +160,9 @@ class EvaluationConfig(ConfigModel):
         None, description="Samples per forward on one device; default: as in training."
     )
     evaluators: list[Annotated[EvaluatorConfig, OfKind("evaluator")]] = Field(
-        [PerplexityEvaluatorConfig()], description="What is measured, each by `type` and the evaluator's own fields."
+        [PerplexityEvaluatorConfig()],
+        min_length=1,
+        description="What is measured, each by `type` and the evaluator's own fields.",
     )
     best: BestConfig | None = Field(None, description="Keep the best model beside the last one, and stop early.")
     print_samples: NonNegativeInt = Field(0, le=100, description="Held-out prompts to answer at each evaluation.")

@@ -331,8 +331,7 @@ RULES = (
         "their results and files would have the same names",
         "Set `name` of one of them; without it, `type` is the name.",
         lambda config: (
-            len({evaluator.known_as for evaluator in config.evaluation.evaluators})
-            < len(config.evaluation.evaluators)
+            len({evaluator.known_as for evaluator in config.evaluation.evaluators}) < len(config.evaluation.evaluators)
         ),
     ),
     Rule(

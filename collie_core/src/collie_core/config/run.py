@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from collie_core.config import aliases, problems, rules
 from collie_core.config.base import AdapterConfig, ComponentConfig, ConfigModel, OptimizerConfig, PlainMapping
 from collie_core.config.batch import BatchSizes, batch_sizes
+from collie_core.config.checkpoint import CheckpointConfig
 from collie_core.config.component import OfKind
 from collie_core.config.data import DataConfig
 from collie_core.config.document import Document
@@ -76,6 +77,9 @@ class RunConfig(ConfigModel):
         None, description="Train a few added parameters instead of all: `type`, and the adapter's own fields."
     )
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="When and how the model is measured.")
+    checkpoint: CheckpointConfig = Field(
+        CheckpointConfig(), description="What a run goes on from, after it has ended or was ended."
+    )
     report_to: Annotated[
         list[_Tracker],
         BeforeValidator(_trackers, json_schema_input_type=_Tracker | Literal["none"] | list[_Tracker]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from collie_core.engine.step import (
     token_mean_loss,
 )
 from collie_core.engine.zero3 import gathered_on_first
+from collie_core.engine.zero_state import zero_states
 from collie_core.errors import RunError
 from collie_core.model.shard import install_gradient_hooks
 from collie_core.model.stages import lend, receive_gradients, return_gradients
@@ -52,14 +53,16 @@ class DeepSpeedStep:
         around: Around = lambda batch: nullcontext(),
         curvature: Curvature | None = None,
     ) -> None:
+        self.stage = int(config["zero_optimization"]["stage"])
+        self.states = zero_states(model, optimizer, topology, self.stage)
         self.engine = start_engine(model, optimizer, config, topology)
+        self.states.take_over(self.engine)
         self.scheduler = scheduler
         self.topology = topology
         self.loss_fn = loss_fn
         self.train_fn = train_fn
         self.around = around
         self.curvature = curvature
-        self.stage = int(config["zero_optimization"]["stage"])
         install_gradient_hooks(model)
         lend(model)  # in the precision of the engine
 
@@ -125,6 +128,22 @@ class DeepSpeedStep:
             raise RunError(NOT_A_NUMBER.format(norm=norm))
         lend(self.engine.module)
         return norm
+
+    def loss_scale(self) -> dict[str, float]:
+        """See `Step`."""
+        scaler = self.engine.optimizer.loss_scaler
+        if not (self.engine.fp16_enabled() and scaler.dynamic):
+            return {}
+        good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"scale": scaler.cur_scale, "good_steps": good_steps, "hysteresis": scaler.cur_hysteresis}
+
+    def set_loss_scale(self, found: Mapping[str, float]) -> None:
+        """See `Step`."""
+        scaler = self.engine.optimizer.loss_scaler
+        if found and self.engine.fp16_enabled() and scaler.dynamic:
+            scaler.cur_scale, scaler.cur_iter = found["scale"], int(found["good_steps"])
+            scaler.last_overflow_iter = -1
+            scaler.cur_hysteresis = int(found.get("hysteresis", scaler.delayed_shift))
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         """See `Step`."""

@@ -7,7 +7,7 @@ update costs a second backward: clipping by the norm, and float16, whose overflo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from collie_core.engine.deepspeed_step import start_engine
 from collie_core.engine.norms import clip_coefficient, counts_here, norm_of_model
+from collie_core.engine.state import HeldStates, ParameterStates
 from collie_core.engine.step import (
     NOT_A_NUMBER,
     Around,
@@ -28,6 +29,7 @@ from collie_core.engine.step import (
     token_mean_loss,
 )
 from collie_core.engine.zero3 import gathered_on_first
+from collie_core.engine.zero_state import GatheredStates
 from collie_core.errors import RunError
 from collie_core.model.shard import install_gradient_hooks
 
@@ -98,6 +100,7 @@ class FusedStep:
         self.train_fn = train_fn
         self.around = around
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.states = self._states(model)
         self.device = topology.device
         self.scale = LossScale.of(dtype)
         self._norms: dict[nn.Parameter, Tensor] = {}  # of the gradients of this step
@@ -155,9 +158,21 @@ class FusedStep:
         self.scale.update(overflow=not math.isfinite(norm))
         return norm
 
+    def loss_scale(self) -> dict[str, float]:
+        """See `Step`."""
+        return {"scale": self.scale.value, "good_steps": self.scale.good_steps} if self.scale.active else {}
+
+    def set_loss_scale(self, found: Mapping[str, float]) -> None:
+        """See `Step`."""
+        if found and self.scale.active:
+            self.scale.value, self.scale.good_steps = found["scale"], int(found["good_steps"])
+
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         """See `Step`: they always are."""
         return nullcontext()
+
+    def _states(self, model: nn.Module) -> ParameterStates:
+        return HeldStates(model, self.optimizer)
 
     # -- the passes --------------------------------------------------------------------------------------------
 
@@ -262,6 +277,9 @@ class Zero3FusedStep(FusedStep):
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         """See `Step`."""
         return gathered_on_first(parameters, self.topology.dp, self.device)
+
+    def _states(self, model: nn.Module) -> ParameterStates:
+        return GatheredStates(model, self.optimizer, self.topology)
 
     def _pass(self, batches: Sequence[Batch], target_tokens: int, backward: Any) -> Tensor:
         """DeepSpeed gathers in the order of one forward and one backward, so measuring takes a forward of its own."""

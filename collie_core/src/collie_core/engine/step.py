@@ -7,7 +7,7 @@ its update into backward is a class here and no branch there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from collie_core.engine.norms import counts_here, norm_of_model
 from collie_core.engine.pipeline import Backward, one_forward_one_backward
+from collie_core.engine.state import HeldStates, ParameterStates
 from collie_core.errors import RunError
 from collie_core.model.adapters import UNUSED
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
@@ -58,6 +59,20 @@ class Step(Protocol):
     @property
     def learning_rate(self) -> float:
         """Of the first parameter group, for the coming update."""
+
+    @property
+    def scheduler(self) -> LRScheduler:
+        """The schedule."""
+
+    @property
+    def states(self) -> ParameterStates:
+        """Weights and optimizer state, parameter by parameter, for checkpoints."""
+
+    def loss_scale(self) -> dict[str, float]:
+        """`scale` and `good_steps` since it was changed (float16 only), and what else the engine keeps of it."""
+
+    def set_loss_scale(self, found: Mapping[str, float]) -> None:
+        """Go on with what `loss_scale` gave, of this engine or another."""
 
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """Accumulate gradients over the micro-batches; returns the loss of the global batch, a detached scalar."""
@@ -218,6 +233,7 @@ class TorchStep:
         self.around = around
         self.curvature = curvature
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.states: ParameterStates = HeldStates(model, optimizer)
         self.device = self.parameters[0].device
         # float16 has too small a range for gradients; the scaler keeps them in it, and grows back after an overflow.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
@@ -291,6 +307,19 @@ class TorchStep:
         self.optimizer.zero_grad(set_to_none=True)
         lend(self._model)
         return float(norm)
+
+    def loss_scale(self) -> dict[str, float]:
+        """See `Step`."""
+        if not self.scaler.is_enabled():
+            return {}
+        found = self.scaler.state_dict()
+        return {"scale": found["scale"], "good_steps": found["_growth_tracker"]}
+
+    def set_loss_scale(self, found: Mapping[str, float]) -> None:
+        """See `Step`."""
+        if found and self.scaler.is_enabled():
+            own = {"scale": found["scale"], "_growth_tracker": int(found["good_steps"])}
+            self.scaler.load_state_dict(self.scaler.state_dict() | own)
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         """See `Step`: they always do."""

@@ -56,11 +56,11 @@ class Zero3Store:
         share = parameter.ds_tensor  # type: ignore[attr-defined]
         begin = self.topology.dp.rank * share.ds_numel
         end = min(begin + share.ds_numel, math.prod(shape))
-        for low, high, values in _flat_blocks(shape, read, begin, end):
+        for low, high, values in flat_blocks(shape, read, begin, end):
             share.data[low - begin : high - begin].copy_(values)
 
 
-def _flat_blocks(shape: tuple[int, ...], read: Read, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
+def flat_blocks(shape: tuple[int, ...], read: Read, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
     """Entries [begin, end) of a flattened tensor, in blocks of whole rows: (first, end, values)."""
     width = math.prod(shape[1:])
     step = max(1, BLOCK // width) * width
@@ -79,7 +79,7 @@ def gathered_on_first(parameters: Sequence[nn.Parameter], axis: Axis, device: to
     taken_apart = [parameter for parameter in parameters if parameter.numel() != parameter.ds_numel]  # type: ignore[attr-defined]
     before = [parameter.data for parameter in taken_apart]
     for parameter in taken_apart:
-        whole = _joined(parameter.ds_tensor, axis, device)  # type: ignore[attr-defined]
+        whole = joined(parameter.ds_tensor.data, axis, device)  # type: ignore[attr-defined]
         if whole is not None:
             parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
     try:
@@ -89,14 +89,14 @@ def gathered_on_first(parameters: Sequence[nn.Parameter], axis: Axis, device: to
             parameter.data = empty
 
 
-def _joined(share: Tensor, axis: Axis, device: torch.device) -> Tensor | None:
-    """The shares of all ranks end to end, on the first."""
-    size = share.ds_numel  # type: ignore[attr-defined]
+def joined(share: Tensor, axis: Axis, device: torch.device) -> Tensor | None:
+    """The shares of all ranks, equally long, end to end on the first; None on the others. Collective over the axis."""
+    size = share.numel()
     if axis.size == 1:
-        return share.data.to(device, copy=True)
+        return share.to(device, copy=True)
     whole = torch.empty(axis.size * size, dtype=share.dtype, device=device) if axis.rank == 0 else None
     for begin in range(0, size, BLOCK):
-        block = share.data[begin : begin + BLOCK].to(device).contiguous()
+        block = share[begin : begin + BLOCK].to(device).contiguous()
         received = None if whole is None else [torch.empty_like(block) for _ in range(axis.size)]
         dist.gather(block, received, dst=axis.ranks[0], group=axis.group)
         if whole is not None:

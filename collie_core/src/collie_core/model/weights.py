@@ -84,7 +84,7 @@ def load(
     for module, leaf, name in own_parameters(model, partition):
         pieces = layout[name]
         kind = dtypes.of(name, checkpoint.dtype(pieces[0].key))
-        reader = _FileReader(checkpoint, pieces, partition.placements[name], topology.tp, kind)
+        reader = FileReader(checkpoint, pieces, partition.placements[name], topology.tp, kind)
         store(module, leaf, reader.shape, reader)
         if not reader.finite:
             damaged.add(name)
@@ -158,7 +158,7 @@ class ShardReader(ABC):
         return values
 
 
-class _FileReader(ShardReader):
+class FileReader(ShardReader):
     """Straight from the files; `finite` says whether all that was read is."""
 
     def __init__(
@@ -312,12 +312,27 @@ def _stream(
     for name, (stage, kind) in inventory.items():
         tensor = held.get(name) if topology.pp.rank == stage else None
         with gathered([tensor]) if isinstance(tensor, nn.Parameter) else nullcontext():
-            value = None
-            if tensor is not None and topology.dp.rank == 0:
-                value = _joined(tensor.detach(), placements.get(name), topology.tp)
-            if topology.dp.rank == topology.tp.rank == 0:
-                value = _sent_to_first(value, stage, kind, topology)
-            yield name, value if topology.is_main else None
+            yield name, sent_to_main(tensor, placements.get(name), stage, kind, topology)
+
+
+def sent_to_main(
+    tensor: Tensor | None, placement: Placement | None, stage: int, kind: Kind, topology: Topology
+) -> Tensor | None:
+    """A tensor of a stage, whole on the main rank; None on the others. Collective.
+
+    Args:
+        tensor: this rank's tensor-parallel part, which counts on the first data-parallel rank of the stage.
+        placement: how it is cut; None: it is not.
+        stage: the pipeline stage that holds it.
+        kind: what it is when whole.
+        topology: of the run.
+    """
+    value = None
+    if tensor is not None and topology.dp.rank == 0:
+        value = _joined(tensor.detach(), placement, topology.tp)
+    if topology.dp.rank == topology.tp.rank == 0:
+        value = _sent_to_first(value, stage, kind, topology)
+    return value if topology.is_main else None
 
 
 def _joined(shard: Tensor, placement: Placement | None, axis: Axis) -> Tensor | None:

@@ -27,9 +27,12 @@ class CsvFile:
 
     @hookimpl
     def collie_run_start(self, run: Run) -> None:
-        """Open the file."""
+        """Open the file; a run that resumes goes on with the one that is there."""
         self._path, self._columns = run.output_dir / CSV, []
-        self._file = self._open(self._path, "w")
+        if goes_on := run.step > 0 and self._path.is_file():
+            with self._open(self._path, "r") as old:
+                self._columns = next(csv.reader(old), [])
+        self._file = self._open(self._path, "a" if goes_on else "w")
 
     @hookimpl
     def collie_metrics(self, values: Mapping[str, Any]) -> None:

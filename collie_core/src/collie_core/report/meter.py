@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +34,25 @@ class Meter:
         """One step: the loss of the global batch, the tokens this rank read (padding not counted)."""
         self.losses.append(loss)
         self.tokens += tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside belongs to no step."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: sums over all ranks. Collective, as `read`."""
+        losses = [loss.item() for loss in self.losses]
+        tokens = int(self.topology.sum_over_data(self.tokens))
+        return {"total_tokens": self.total_tokens, "losses": losses, "tokens": tokens}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` gave."""
+        self.total_tokens = state["total_tokens"]
+        self.losses = [torch.tensor(loss, device=self.topology.device) for loss in state["losses"]]
+        self.tokens = state["tokens"] if self.topology.dp.rank == 0 else 0
 
     def read(self) -> dict[str, float]:
         """Mean loss and step time over the interval, tokens so far, per second over all ranks and per rank, peak bytes.

@@ -65,15 +65,19 @@ OWN_FILES = (
     f"{PREDICTIONS}/*.jsonl",
     f"{PREDICTIONS}/*.details.json",
 )
-OWN_FOLDERS = (f"{CHECKPOINTS}/step-*",)
+OWN_FOLDERS = (f"{CHECKPOINTS}/step-*", f"{CHECKPOINTS}/.step-*")
 
 
-def refuse_used_directory(config: RunConfig) -> None:
+def refuse_used_directory(config: RunConfig, *, may_replace: bool | None = None) -> None:
     """Check that the run may write to its output folder; changes nothing.
 
+    Args:
+        may_replace: whether it may where a run is already, as the one that resumes; None: as
+            `train.overwrite_output_dir` says.
+
     Raises:
-        RunError: the folder holds a run and `train.overwrite_output_dir` is off, or it is not a folder, or
-            its config.yaml is somebody else's.
+        RunError: the folder holds a run that may not be replaced, or it is not a folder, or its config.yaml is somebody
+            else's.
     """
     output_dir = Path(config.train.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -81,7 +85,7 @@ def refuse_used_directory(config: RunConfig) -> None:
     found = [name for name in (METRICS, CONFIG) if (output_dir / name).exists()]
     if not found:
         return
-    if not config.train.overwrite_output_dir:
+    if not (config.train.overwrite_output_dir if may_replace is None else may_replace):
         raise RunError(
             f"train.output_dir={output_dir} already holds a run ({', '.join(found)}); choose another folder, "
             "or set train.overwrite_output_dir=true to replace it"
@@ -92,26 +96,68 @@ def refuse_used_directory(config: RunConfig) -> None:
         )
 
 
-def prepare_run_directory(config: RunConfig, registry_table: Sequence[Mapping[str, str]]) -> Path:
+def prepare_run_directory(
+    config: RunConfig,
+    registry_table: Sequence[Mapping[str, str]],
+    *,
+    may_replace: bool | None = None,
+    continues: int | None = None,
+) -> Path:
     """Take the output folder and write config.yaml, plugins.json and environment.json into it.
 
     Args:
         registry_table: the plugins in use: kind, name, distribution, version, value.
+        may_replace: see `refuse_used_directory`.
+        continues: the step up to which the record in the folder stays, of a run that resumes; None: nothing stays.
 
     Raises:
         RunError: see `refuse_used_directory`; or the folder cannot be written.
     """
-    refuse_used_directory(config)
+    refuse_used_directory(config, may_replace=may_replace)
     output_dir = Path(config.train.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        _remove_own_files(output_dir)
+        if continues is None:
+            _remove_own_files(output_dir)
+        else:
+            _cut_record(output_dir, continues)
         (output_dir / CONFIG).write_text(HEADER + config.to_yaml(), encoding="utf-8")
         write_json(output_dir / PLUGINS, list(registry_table))
         write_json(output_dir / ENVIRONMENT, environment())
     except OSError as error:
         raise RunError(f"train.output_dir={output_dir} cannot be written: {error}") from error
     return output_dir
+
+
+def is_unfinished(output_dir: Path) -> bool:
+    """Whether a run of ours has begun in a folder and has left neither a model nor a checkpoint."""
+    left = (
+        output_dir / MODEL,
+        output_dir / BEST,
+        *(path for name in OWN_FOLDERS[:1] for path in output_dir.glob(name)),
+    )
+    return (output_dir / CONFIG).is_file() and _is_ours(output_dir / CONFIG) and not any(path.exists() for path in left)
+
+
+def _cut_record(output_dir: Path, step: int) -> None:
+    """Leave the rows up to a step; what was written after it, or only in part, will be written again."""
+    metrics, table = output_dir / METRICS, output_dir / CSV
+    if metrics.is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        _replace(metrics, [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step])
+    if table.is_file():
+        lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+        columns = [line.rstrip("\n").split(",") for line in lines]  # numbers, and names without commas
+        place = columns[0].index("step") if columns and "step" in columns[0] else 0
+        whole = [len(row) == len(columns[0]) and lines[at].endswith("\n") for at, row in enumerate(columns)]
+        kept = [line for at, line in enumerate(lines) if at == 0 or (whole[at] and float(columns[at][place]) <= step)]
+        _replace(table, kept)
+
+
+def _replace(path: Path, lines: Sequence[str]) -> None:
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text("".join(lines), encoding="utf-8")
+    os.replace(beside, path)
 
 
 def run_identity(config: RunConfig) -> dict[str, str]:

@@ -30,7 +30,8 @@ class TensorBoardReporter:
         """Open the event file and record the configuration."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.output_dir / TENSORBOARD))
+        resumed = run.step + 1 if run.step else None  # what was recorded from there on is hidden
+        self._writer = SummaryWriter(str(run.output_dir / TENSORBOARD), purge_step=resumed)
         self._writer.add_text("config", f"```yaml\n{run.config.to_yaml()}\n```", 0)
 
     @hookimpl

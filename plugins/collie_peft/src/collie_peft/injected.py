@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import peft
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -81,7 +82,25 @@ class InjectedAdapter:
             peft.inject_adapter_in_model(config, model, adapter_name=NAME)
         except (ValueError, TypeError) as error:
             raise ModelError(f"adapter: {error}") from error
+        _require_low_ranks(model)
         return model
+
+
+def _require_low_ranks(model: nn.Module) -> None:
+    """A product of matrices has no higher rank than its sides are long. Layers that ranks share were looked at whole.
+
+    Raises:
+        ModelError: a layer has a higher rank.
+    """
+    for name, module in model.named_modules():
+        rank = getattr(module, "r", {}).get(NAME, 0) if isinstance(module, LoraLayer) else 0
+        if rank and not hasattr(module.get_base_layer(), "shares"):
+            sides = module.in_features, module.out_features
+            if rank > min(sides):
+                raise ModelError(
+                    f"adapter: rank {rank} is above the dimension of {name}, which has {sides[0]} inputs and {sides[1]} "
+                    f"outputs; set it to at most {min(sides)}, or give this layer another (rank_pattern)"
+                )
 
 
 def _file_key(name: str) -> str:
