@@ -2,9 +2,9 @@
 
 A llama of 15 million random parameters, float32, greedy. In one process both generate 64 tokens after 8 prompts of
 different lengths, a call each in turn, so that a machine whose speed drifts slows both alike; the ratio is the median
-over rounds. Then one prompt of 64 and one of 448 tokens take turns, on two pipeline stages and in one process with
-transformers alone: the median time from one new token to the next. With the keys and values of earlier tokens kept
-where their layers are, only attention grows with the context, there as here.
+over rounds. Then prompts of 64 to 448 tokens take turns, on two pipeline stages and in one process with transformers
+alone: the median time from one new token to the next; `--write` draws it too, into a .svg beside the page. With the
+keys and values of earlier tokens kept where their layers are, only attention grows with the context, there as here.
 
     python benchmarks/generation.py [--rounds 12] [--write benchmarks/results/generation.md]
 
@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,8 +48,9 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 6,
     "max_position_embeddings": 512,
 }
-PROMPTS, NEW, CONTEXTS, WARM_UP, NOISE = 8, 64, (64, 448), 2, 1.1
+PROMPTS, NEW, CONTEXTS, WARM_UP, NOISE = 8, 64, (64, 128, 192, 256, 320, 384, 448), 2, 1.1
 SLOWEST = 0.98  # of transformers' speed
+STAGES, ALONE = "CoLLiE, two pipeline stages", "transformers, one process"
 
 
 class Times:
@@ -176,7 +178,7 @@ def page(compared: tuple[float, float, float], stages: list[float], one: list[fl
     """What benchmarks/results/generation.md says."""
     theirs, ours, ratio = compared
     tokens = PROMPTS * NEW
-    short, long = CONTEXTS
+    short, long = CONTEXTS[0], CONTEXTS[-1]
     lines = [
         "# Generation",
         "",
@@ -196,9 +198,22 @@ def page(compared: tuple[float, float, float], stages: list[float], one: list[fl
         f"| | {short} tokens before | {long} tokens before | ratio |",
         "|---|--:|--:|--:|",
     ]
-    for name, (first, second) in (("CoLLiE, two pipeline stages", stages), ("transformers, one process", one)):
-        lines.append(f"| {name} | {first * 1e3:.2f} | {second * 1e3:.2f} | {second / first:.2f} |")
+    for name, (first, *_, last) in ((STAGES, stages), (ALONE, one)):
+        lines.append(f"| {name} | {first * 1e3:.2f} | {last * 1e3:.2f} | {last / first:.2f} |")
     return "\n".join([*lines, ""])
+
+
+def draw(file: Path, stages: list[float], one: list[float]) -> None:
+    """Milliseconds per new token over the tokens before it."""
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, seconds in ((STAGES, stages), (ALONE, one)):
+        axes.plot(CONTEXTS, [1e3 * value for value in seconds], marker="o", label=name)
+    axes.set(xlabel="tokens before", ylabel="ms per new token", ylim=(0, None))
+    axes.legend()
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> int:
@@ -215,7 +230,8 @@ def main() -> int:
     print(text)
     if args.write:
         args.write.write_text(text, encoding="utf-8")
-    grows = stages[1] / stages[0] > NOISE * max(1.0, one[1] / one[0])
+        draw(args.write.with_suffix(".svg"), stages, one)
+    grows = stages[-1] / stages[0] > NOISE * max(1.0, one[-1] / one[0])
     return int(compared[2] < SLOWEST or grows)
 
 

@@ -110,5 +110,12 @@ def test_the_core_imports_no_pack() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            packs = ("collie_internlm", "collie_llama", "collie_metrics", "collie_optim", "collie_peft")
+            packs = (
+                "collie_internlm",
+                "collie_llama",
+                "collie_metrics",
+                "collie_optim",
+                "collie_peft",
+                "collie_server",
+            )
             assert not any(name.startswith(packs) for name in names), file

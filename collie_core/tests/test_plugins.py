@@ -261,7 +261,8 @@ def test_one_distribution_that_gives_a_name_twice(install: Any) -> None:
         ("adapter", "LoRA", "'LoRA' is in collie-peft, which is not installed: pip install collie-peft"),
         ("adapter", "adamw", "It is the name of a plugin of another kind: optimizer."),
         ("optimizer", "elsewhere:adamw", "unknown optimizer 'elsewhere:adamw'."),
-        ("server", "http", "unknown server 'http'. Installed: none."),
+        ("server", "http", "'http' is in collie-server, which is not installed: pip install collie-server"),
+        ("server", "grpc", "unknown server 'grpc'. Installed: none."),
     ],
 )
 def test_unknown_names(kind: str, name: str, words: str) -> None:

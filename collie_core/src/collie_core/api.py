@@ -9,13 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collie_core.cli._quiet import quiet_libraries
     from collie_core.config.base import AdapterConfig, ComponentConfig, ConfigModel, OptimizerConfig, ParamGroup
     from collie_core.config.evaluation import EvaluatorConfig
     from collie_core.config.parallel import ParallelConfig
     from collie_core.config.run import RunConfig
     from collie_core.data.loader import Batch
-    from collie_core.errors import CollieError, ConfigError, DataError, ModelError, PluginError, RunError
+    from collie_core.errors import CollieError, ConfigError, DataError, ModelError, PluginError, Problem, RunError
     from collie_core.evaluate.context import EvaluationContext, Outcome
+    from collie_core.generate import end_ids, load_for_generation
     from collie_core.hookspecs import (
         Adapter,
         AdapterCan,
@@ -72,6 +74,7 @@ _HOME = {
     "ParamGroup": "config.base",
     "ParallelConfig": "config.parallel",
     "PluginError": "errors",
+    "Problem": "errors",
     "Run": "hookspecs",
     "RunConfig": "config.run",
     "RunError": "errors",
@@ -82,9 +85,12 @@ _HOME = {
     "Topology": "topology",
     "Trainer": "loop",
     "Whole": "model.whole",
+    "end_ids": "generate",
     "hookimpl": "plugins",
     "is_stage": "model.stages",
+    "load_for_generation": "generate",
     "put_virtual_tokens": "model.virtual_tokens",
+    "quiet_libraries": "cli._quiet",
     "whole_of": "model.whole",
     "whole_of_part": "model.adapters",
 }
@@ -118,6 +124,7 @@ __all__ = [
     "ParallelConfig",
     "ParamGroup",
     "PluginError",
+    "Problem",
     "Run",
     "RunConfig",
     "RunError",
@@ -128,9 +135,12 @@ __all__ = [
     "Topology",
     "Trainer",
     "Whole",
+    "end_ids",
     "hookimpl",
     "is_stage",
+    "load_for_generation",
     "put_virtual_tokens",
+    "quiet_libraries",
     "whole_of",
     "whole_of_part",
 ]

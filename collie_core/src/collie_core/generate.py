@@ -53,7 +53,7 @@ def generate(
         synced: ranks with other prompts hold shares of the same weights, so that all of them run each forward.
     """
     device = next(model.parameters()).device
-    pad, ends = padding_id(tokenizer), _ends(model, tokenizer)
+    pad, ends = padding_id(tokenizer), end_ids(model, tokenizer)
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)  # [B, L]
     mask = torch.zeros_like(ids)
@@ -85,7 +85,7 @@ def generate(
     return [_answer(row[width:].tolist(), ends, pad if stop else None) for row in output]
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a text: the tokenizer's, and those by which the model's own configuration ends a turn."""
     own = getattr(model.generation_config, "eos_token_id", None)
     named = own if isinstance(own, list) else [own]

@@ -81,6 +81,9 @@ CATALOGUE = {
     ("metric", "numeric-match"): "collie-metrics",
     ("metric", "rouge"): "collie-metrics",
     ("metric", "token-accuracy"): "collie-metrics",
+    ("server", "http"): "collie-server",
+    ("commands", "chat"): "collie-server",
+    ("commands", "serve"): "collie-server",
 }
 
 _CAPABILITIES: Mapping[str, type[Can]] = {

@@ -216,6 +216,7 @@ _WRITTEN = {
     "model_id": ("x", "x"),
     "train_file": ("x", [SourceConfig(path="x")]),
     "validation_file": ("x", [SourceConfig(path="x")]),
+    "resume_from_checkpoint": (True, "auto"),
     "ds_config": ({"a": 1}, {"a": 1}),
 }
 _SIZES = ("tp", "pp", "tensor", "pipeline")  # other sizes than 1 are refused by the rules

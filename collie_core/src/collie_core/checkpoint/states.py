@@ -84,9 +84,10 @@ class WholeStates:
         """
         for name, kinds in inventory.items():
             stage = self.placements[name].stage
+            here = self.states.kinds(name) if self.topology.pp.rank == stage else {}
             for key, kind in kinds.items():
-                own = self.states.get(name, key) if self.topology.pp.rank == stage else None
-                placement = None if own is None else self._placement(name, key, tuple(own.shape))
+                own = self.states.get(name, key) if here else None
+                placement = self._placement(name, key, here[key].shape) if here else None
                 yield f"{name}/{key}", sent_to_main(own, placement, stage, kind, self.topology)
 
     # -- in ----------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ VERBS = {
     "eval": ("collie_core.cli.eval", "evaluate a model as a configuration says"),
     "generate": ("collie_core.cli.generate", "complete a prompt with a model"),
     "merge": ("collie_core.cli.merge", "make one model of an adapter and its base model"),
+    "checkpoint": ("collie_core.cli.checkpoint", "list, verify and delete the checkpoints of a run"),
     "verify": ("collie_core.cli.verify", "check that a run trains on one topology as on another"),
     "plugins": ("collie_core.cli.plugins", "list, explain and check the installed plugins"),
 }
@@ -89,10 +90,11 @@ def _module_of(verb: str) -> tuple[str, ModuleType]:
     if verb in VERBS:
         module, summary = VERBS[verb]
         return summary, import_module(module)
-    from collie_core.plugins import near, normalise
+    from collie_core.plugins import CATALOGUE, near, normalise
 
     plugins = _discover()
-    if ":" not in verb and normalise(verb) not in plugins.names("commands"):
+    known_elsewhere = ("commands", verb) in CATALOGUE  # then `command` says what to install
+    if ":" not in verb and normalise(verb) not in plugins.names("commands") and not known_elsewhere:
         known = [*VERBS, *_plugin_verbs(plugins)]
         _overview().error(f"unknown verb {verb!r}.{near(verb, known)} The verbs are {', '.join(known)}.")
     command: ModuleType = plugins.command(verb)

@@ -99,7 +99,7 @@ ALIASES: Mapping[str, Alias] = {
     "save_interval": Alias("checkpoint.save_steps"),
     "checkpoint_every": Alias("checkpoint.save_steps"),
     "save_total_limit": Alias("checkpoint.save_total_limit"),
-    "resume_from_checkpoint": Alias("checkpoint.resume_from_checkpoint"),
+    "resume_from_checkpoint": Alias("checkpoint.resume_from_checkpoint", {True: "auto", False: MISSING}),
     # adapter
     "adapter.method": Alias("adapter.type"),
     "adapter.rank": Alias("adapter.r"),

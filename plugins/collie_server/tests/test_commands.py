@@ -1,0 +1,112 @@
+"""`collie serve` and `collie chat` as processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+COLLIE = [sys.executable, "-m", "collie_core.cli"]
+
+
+@contextmanager
+def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+    with subprocess.Popen([*COLLIE, *arguments], **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_serve_says_where_it_is_and_stops_cleanly(folder: Path) -> None:
+    with command("serve", str(folder), "--port", "0", "--model-name", "small", "--host", "0.0.0.0") as process:
+        assert process.stdout is not None
+        where, token = process.stdout.readline(), process.stdout.readline()
+        assert where.startswith("serving small on http://0.0.0.0:")
+        url = f"http://127.0.0.1:{where.strip().rpartition(':')[2]}/v1/completions"
+        body = {"prompt": "x", "max_tokens": 3}
+        assert httpx2.post(url, json=body, trust_env=False).status_code == 401
+        header = {"Authorization": f"Bearer {token.split()[1]}"}
+        with httpx2.Client(trust_env=False, headers=header) as client:  # whose connection stays open
+            assert client.post(url, json=body).status_code == 200
+            start = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            output, errors = process.communicate(timeout=10)
+        assert time.monotonic() - start < 5
+        assert process.returncode == 0, errors
+        assert "Traceback" not in output + errors
+
+
+def test_an_interrupt_stops_it_too(folder: Path) -> None:
+    with command("serve", str(folder), "--port", "0") as process:
+        assert process.stdout is not None
+        assert f"serving {folder.name} on http://127.0.0.1:" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=10)
+        assert (process.returncode, output) == (0, ""), errors
+        assert "Traceback" not in errors
+
+
+def run(*arguments: str, lines: str = "") -> subprocess.CompletedProcess[str]:
+    options: dict[str, Any] = {"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 60, "check": False}
+    return subprocess.run([*COLLIE, *arguments], input=lines, **options)
+
+
+def test_wrong_options_are_named(folder: Path) -> None:
+    done = run("serve", str(folder), "--port", "99999", "--max-queue", "-1")
+    assert done.returncode == 2
+    assert "--port = 99999" in done.stderr
+    assert "--max-queue = -1" in done.stderr
+
+
+def test_chat_with_a_folder_and_with_a_server(folder: Path, running: Any) -> None:
+    options = ["--temperature", "0", "--max-tokens", "12"]
+    lines = "hello\n/reset\nhello\n/system be brief\nhello\n/nonsense\n/exit\nnot read\n"
+    local = run("chat", str(folder), *options, lines=lines)
+    assert local.returncode == 0, local.stderr
+    remote = run("chat", running.url, *options, lines=lines)
+    assert remote.stdout == local.stdout, remote.stderr
+    with httpx2.Client(base_url=running.url, trust_env=False) as client:
+        user = {"role": "user", "content": "hello"}
+        answers = [
+            client.post("/v1/chat/completions", json={"messages": turns, "temperature": 0, "max_tokens": 12})
+            for turns in ([user], [{"role": "system", "content": "be brief"}, user])
+        ]
+    first, second = (answer.json()["choices"][0]["message"]["content"] for answer in answers)
+    assert first in local.stdout.partition("forget the conversation")[0]
+    assert second in local.stdout
+    assert first != second
+    assert "forget the conversation" in local.stdout
+
+
+def test_chat_says_what_is_wrong(running: Any) -> None:
+    done = run("chat", running.url, "--temperature", "9", lines="hello\n")
+    assert "temperature: Input should be less than or equal to 2" in done.stdout
+    done = run("chat", "http://127.0.0.1:9", lines="hello\n")
+    assert "no answer from http://127.0.0.1:9" in done.stdout
+
+
+def test_the_description_is_light() -> None:
+    code = (
+        "import sys, collie_server; print([m for m in ('torch', 'pydantic', 'fastapi', 'httpx2') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("verb", ["serve", "chat"])
+def test_help_needs_no_torch(verb: str) -> None:
+    code = f"import sys, collie_core.cli as c\ntry: c.main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=ENVIRONMENT)
