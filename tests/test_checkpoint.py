@@ -411,6 +411,14 @@ def test_bad_input_is_told_in_a_sentence(
         train(own)
 
 
+def test_the_base_of_an_adapter_must_stay(models: Path, instructions: Path, tmp_path: Path) -> None:
+    own = sections("dp1", "lora", models, instructions, tmp_path)
+    train(own, crash_at=3)
+    write_family(tmp_path / "other", "llama_tied", seed=1, changes={"attention_dropout": 0.1})
+    with pytest.raises(CollieError, match="an adapter on other weights than those of"):
+        train(changed(own, {"model.model_name_or_path": str(tmp_path / "other")}))
+
+
 def test_another_run_goes_on_from_a_checkpoint(own: Sections, tmp_path: Path, whole: Any) -> None:
     train(own, crash_at=5)
     new = {"train.output_dir": str(tmp_path / "other"), "checkpoint.resume_from_checkpoint": str(output_of(own))}

@@ -13,6 +13,7 @@ import pytest
 from fake_dists import write_many
 
 from collie_core.cli import VERBS, main
+from collie_core.plugins import Plugins
 
 VERB = '''"""Make 100% coffee.
 
@@ -374,3 +375,12 @@ def test_check_passes_what_is_blocked(
 def test_everything_shipped_passes_the_check(python: Any) -> None:
     result = python(HEAVY, "plugins", "--check")
     assert result.stdout.splitlines()[-1].startswith("0 "), result.stdout
+
+
+def test_a_verb_of_a_pack_that_is_missing_names_the_pack(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    core = [entry for entry in Plugins.discover().entries if entry.distribution == "collie-core"]
+    monkeypatch.setattr("collie_core.cli._discover", lambda: Plugins(core))
+    assert main(["serve", "model"]) == 1
+    assert "'serve' is in collie-server, which is not installed: pip install collie-server" in capsys.readouterr().err

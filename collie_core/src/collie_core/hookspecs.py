@@ -323,7 +323,7 @@ class Hooks:
         """Rank 0, after an evaluation: results by name, as `eval/...`; sample answers if any. Read only."""
 
     def collie_checkpoint_saved(self, run: Run, path: Path) -> None:
-        """Rank 0, after weights were written to `path`."""
+        """Rank 0, after weights were written to `path`; those of a checkpoint are its folder `model`."""
 
     def collie_run_end(self, run: Run, error: BaseException | None) -> None:
         """Always, last; `error` is what ended the run early, or None."""

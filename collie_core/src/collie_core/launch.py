@@ -56,6 +56,7 @@ def start(processes: int, arguments: Sequence[str]) -> int:
     """
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -76,6 +77,8 @@ def start(processes: int, arguments: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "collie_core.cli", *arguments)
     except ChildFailedError as error:
         raise RunError(_first_reason(error, processes)) from None
+    except SignalException as error:  # the ranks got the signal too, and some seconds to save and leave
+        return 128 + int(error.sigval)
     finally:
         del os.environ[OURS]
     return 0

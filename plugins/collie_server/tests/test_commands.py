@@ -110,3 +110,47 @@ def test_help_needs_no_torch(verb: str) -> None:
     code = f"import sys, collie_core.cli as c\ntry: c.main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=ENVIRONMENT)
+
+
+def test_it_is_a_component_of_its_kind(small: Any) -> None:
+    from collie_core.plugins import Plugins
+    from collie_server.server import HttpServer
+
+    plugins = Plugins.discover()
+    config = plugins.config_model("server", "http")(port=0, max_queue=3)
+    assert isinstance(plugins.build("server", "http", config=config), HttpServer)
+
+
+def test_an_adapter_folder_is_served(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("collie_peft")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(1)
+    options = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, r=4, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), options)
+    model.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.tensor([tokenizer("hello")["input_ids"]])
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+    wanted = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    body = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
+    with command("serve", str(tmp_path), "--port", "0") as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        answer = httpx2.post(f"{url}/v1/completions", json=body, trust_env=False).json()
+    assert answer["choices"][0]["text"] == wanted
+
+
+def test_a_port_in_use_is_said(small: Any, running: Any) -> None:
+    from collie_core.api import RunError
+    from collie_server.server import HttpServer
+
+    port = int(running.url.rpartition(":")[2])
+    with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{port}: "):
+        HttpServer(port=port).serve(small.model, small.tokenizer, None, lambda port: None)

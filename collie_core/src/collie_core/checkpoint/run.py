@@ -18,7 +18,9 @@ from collie_core.checkpoint.progress import data_identity, require_same_data, re
 from collie_core.checkpoint.signals import Asked
 from collie_core.checkpoint.states import Inventory, WholeStates, require_same_parameters
 from collie_core.engine.state import WEIGHT
+from collie_core.errors import CollieError
 from collie_core.model.boxes import whole
+from collie_core.model.build import base_of_adapter
 from collie_core.model.files import TensorFile
 from collie_core.model.stages import lend
 from collie_core.model.weights import Checkpoint
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from collie_core.topology import Topology
 
 AUTO = "auto"
+NEEDED = (
+    *("step", "epoch", "position", "weights", "optimizer", "global_batch_size", "data", "parameters", "numbers"),
+    *("schedule", "loss_scale", "results", "followers"),
+)
 
 logger = logging.getLogger("collie")
 
@@ -78,6 +84,8 @@ class Checkpoints:
         self.source = self.topology.gather_objects(chosen[0])[0]
         if self.source is not None:
             self.restored = files.read_json(self.source / TRAINER)
+            if missing := [name for name in NEEDED if name not in self.restored]:
+                raise CheckpointError(f"{self.source / TRAINER} lacks {', '.join(missing)}")
 
     @property
     def may_replace(self) -> bool | None:
@@ -140,18 +148,15 @@ class Checkpoints:
         if self.source is None:
             return
         found, step, states = self.restored, self.parts.step, self._states
-        try:
-            self._require_same_run(found, self.source)
-            file = Checkpoint(str(self.source), [self.source / STATES])
-            model = None if found["weights"] == STATES else Checkpoint.open(self.source / MODEL)
-            states.load(file, model)
-            lend(self.parts.model)
-            step.states.set_numbers(found["numbers"])
-            restore_schedule(step.scheduler, found["schedule"], self.source)
-            step.set_loss_scale(found["loss_scale"])
-            run.step, run.epoch, self.position = found["step"], found["epoch"], found["position"]
-        except KeyError as error:
-            raise CheckpointError(f"{self.source / TRAINER} lacks {error}") from error
+        self._require_same_run(found, self.source)
+        file = Checkpoint(str(self.source), [self.source / STATES])
+        model = None if found["weights"] == STATES else Checkpoint.open(self.source / MODEL)
+        states.load(file, model)
+        lend(self.parts.model)
+        step.states.set_numbers(found["numbers"])
+        restore_schedule(step.scheduler, found["schedule"], self.source)
+        step.set_loss_scale(found["loss_scale"])
+        run.step, run.epoch, self.position = found["step"], found["epoch"], found["position"]
 
     def _require_same_run(self, found: Mapping[str, Any], source: Path) -> None:
         here = self._identity()
@@ -167,6 +172,16 @@ class Checkpoints:
             )
         require_same_parameters(found["parameters"], self._states, str(source))
         require_same_data(found["data"], here["data"], source)
+        on_main(self.topology, lambda: self._require_same_base(source / MODEL))
+
+    def _require_same_base(self, adapter: Path) -> None:
+        """The frozen weights below an adapter are not part of a checkpoint, so they must be those that it had."""
+        base = self.parts.config.model.model_name_or_path
+        if self.parts.config.adapter is None or base is None:
+            return
+        saved = base_of_adapter(adapter)
+        if saved.base_fingerprint and saved.base_fingerprint != Checkpoint.open(base).fingerprint():
+            raise CheckpointError(f"{adapter.parent} is of an adapter on other weights than those of {base}")
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -296,9 +311,10 @@ def on_main(topology: Topology, action: Callable[[], object], *, others: Callabl
     if topology.is_main:
         try:
             action()
-        except (OSError, CheckpointError) as error:
+        except CollieError as error:
             cause, said = error, str(error)
-            said = said if isinstance(error, CheckpointError) else f"a checkpoint cannot be written: {said}"
+        except OSError as error:
+            cause, said = error, f"a checkpoint cannot be written: {error}"
     elif others is not None:
         others()
     said = topology.gather_objects(said)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -58,7 +59,8 @@ class Answers:
 
     def _deliverer(self, index: int) -> Any:
         def deliver(event: Event) -> None:  # in the engine's thread
-            self._loop.call_soon_threadsafe(self._events.put_nowait, Indexed(index, event))
+            with suppress(RuntimeError):  # the loop is closed: a pass has outlived the server
+                self._loop.call_soon_threadsafe(self._events.put_nowait, Indexed(index, event))
 
         return deliver
 

@@ -22,7 +22,7 @@ from collie_server.errors import ApiError, invalid
 from collie_server.guard import App, Guard, Receive, Scope, Send
 from collie_server.metrics import Counted, Metrics, Watch
 from collie_server.prompts import Prompts, sampling_of
-from collie_server.schemas import ChatRequest, CompletionRequest
+from collie_server.schemas import ChatRequest, CompletionRequest, ErrorAnswer
 
 logger = logging.getLogger("collie.server")
 
@@ -51,7 +51,8 @@ class Service:
 
 def make_app(service: Service, *, token: str | None, max_body_bytes: int) -> App:
     """The whole application, guarded and counted."""
-    app = FastAPI(title="CoLLiE", summary="A language model over HTTP", docs_url=None, redoc_url=None)
+    refusals: dict[int | str, Any] = {"4XX": {"model": ErrorAnswer, "description": "What was wrong"}}
+    app = FastAPI(title="CoLLiE", docs_url=None, redoc_url=None, responses=refusals)
     _add_error_handlers(app)
     _add_generation(app, service)
     _add_information(app, service)

@@ -117,10 +117,11 @@ class Engine:
         self._thread.start()
 
     def close(self, timeout: float = 2.0) -> None:
-        """End every answer and the thread, after the pass that is running; wait so many seconds for it."""
+        """End every answer at once, and the thread after the pass that is running; wait so many seconds for it."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+            self._end([*self._rows, *self._waiting], "closed")
         if self._thread.is_alive():
             self._thread.join(timeout)
 
@@ -164,7 +165,7 @@ class Engine:
                 self._end(self._rows, "error")
                 self._rows, self._next = [], []
                 self._batch.clear()
-        self._end([*self._rows, *self._waiting], "closed")
+        self._end([*self._rows, *self._waiting], "closed")  # a job may have been taken while `close` looked
 
     def _wait(self) -> bool:
         """Until there is something to do; False: to end."""

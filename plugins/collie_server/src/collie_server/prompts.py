@@ -96,16 +96,16 @@ def sampling_of(
     Raises:
         ApiError: they may become longer than there is room for.
     """
-    seed = secrets.randbits(62) if request.seed is None else request.seed
     ways: list[Sampling] = []
     for prompt in prompts:
-        for _ in range(request.n):
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        for number in range(request.n):
             way = Sampling(
                 max_tokens=_max_tokens(request, len(prompt), limits),
                 temperature=request.temperature,
                 top_p=request.top_p,
                 top_k=request.top_k,
-                seed=seed + len(ways),
+                seed=seed + number,
                 stop=request.stops,
                 logprobs=_logprobs(request),
             )

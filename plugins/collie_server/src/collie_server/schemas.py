@@ -76,6 +76,21 @@ class _Request(_Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
+class ErrorBody(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="The field, as messages.0.role.")
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The answer to a request that is refused."""
+
+    error: ErrorBody
+
+
 class ChatRequest(_Request):
     """POST /v1/chat/completions"""
 

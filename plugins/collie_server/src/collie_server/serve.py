@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,8 @@ def _config(args: argparse.Namespace) -> HttpConfig:
     from collie_server.http_config import HttpConfig
 
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if os.environ.get("COLLIE_TOKEN"):
+        given.setdefault("token", os.environ["COLLIE_TOKEN"])
     given.setdefault("model_name", Path(args.model).resolve().name if Path(args.model).exists() else args.model)
     try:
         return HttpConfig(**given)

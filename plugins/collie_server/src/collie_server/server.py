@@ -71,7 +71,7 @@ class HttpServer:
             ready: gets the port.
 
         Raises:
-            RunError: the address cannot be listened on.
+            RunError: the address cannot be listened on, or uvicorn ends by itself.
             ModelError: the model cannot be batched.
         """
         engine = Engine(model, tokenizer, ends=end_ids(model, tokenizer), slots=self._slots, queue=self._queue)
@@ -84,9 +84,12 @@ class HttpServer:
         try:
             while not server.started and thread.is_alive():
                 time.sleep(0.005)
-            ready(listener.getsockname()[1])
+            if server.started:
+                ready(listener.getsockname()[1])
             while thread.is_alive() and not self._stopped.wait(1.0):
                 pass
+            if not self._stopped.is_set():
+                raise RunError("the HTTP server ended by itself; the log of uvicorn says why")
         finally:
             engine.close()  # first: running answers end, so that their connections can
             server.should_exit = True
@@ -111,6 +114,7 @@ class HttpServer:
 
     def _listen(self) -> socket.socket:
         host, port = self._address
+        listener = None
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             listener = socket.socket(family, kind, protocol)
@@ -118,6 +122,8 @@ class HttpServer:
             listener.bind(address)
             listener.listen(1024)
         except OSError as error:
+            if listener is not None:
+                listener.close()
             raise RunError(f"cannot listen on {host}:{port}: {error}; choose another --port, or 0 for any") from error
         return listener
 
