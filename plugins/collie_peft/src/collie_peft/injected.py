@@ -98,8 +98,8 @@ def _require_low_ranks(model: nn.Module) -> None:
             sides = module.in_features, module.out_features
             if rank > min(sides):
                 raise ModelError(
-                    f"adapter: rank {rank} is above the dimension of {name}, which has {sides[0]} inputs and {sides[1]} "
-                    f"outputs; set it to at most {min(sides)}, or give this layer another (rank_pattern)"
+                    f"adapter: rank {rank} is above the dimension of {name}, which has {sides[0]} inputs and "
+                    f"{sides[1]} outputs; set it to at most {min(sides)}, or give this layer another (rank_pattern)"
                 )
 
 
