@@ -13,6 +13,7 @@ import pytest
 from fake_dists import write_many
 
 from collie_core.cli import VERBS, main
+from collie_core.hookspecs import KINDS
 from collie_core.plugins import Plugins
 
 VERB = '''"""Make 100% coffee.
@@ -313,6 +314,17 @@ def test_show(meteor: None, capsys: pytest.CaptureFixture[str]) -> None:
         "names = ...",
     ):
         assert words in out
+
+
+def test_everything_in_the_core_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    registry = Plugins.discover()
+    for kind in KINDS:
+        for name in registry.names(kind):
+            if registry.find(kind, name).distribution == "collie-core":
+                assert main(["plugins", "show", name, "--kind", kind]) == 0, name
+    out = capsys.readouterr().out
+    assert "factored_state" in out
+    assert "lr  " in out
 
 
 @pytest.mark.parametrize("argv", [["plugins", "show", "meteor", "--json"], ["plugins", "--json", "show", "meteor"]])

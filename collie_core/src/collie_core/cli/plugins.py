@@ -180,20 +180,16 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
     origin = {"from": f"{facts['distribution']} {facts['version']}", "entry point": facts["value"]}
     described = {key: facts[key] for key in ("build", "config", "api", "hint") if facts.get(key)}
     _print_pairs(origin | described)
-    for section in ("capabilities", "fields"):
+    for section, as_text in (("capabilities", str), ("fields", _field_line)):
         if facts.get(section):
             print(section)
-            _print_pairs({name: _as_text(value) for name, value in facts[section].items()})
+            _print_pairs({name: as_text(value) for name, value in facts[section].items()})
 
 
 def _print_pairs(pairs: Mapping[str, Any]) -> None:
     width = max(map(len, pairs))
     for name, value in pairs.items():
         print(f"  {name.ljust(width)}  {value}")
-
-
-def _as_text(value: Any) -> str:
-    return _field_line(value) if isinstance(value, dict) else str(value)
 
 
 def _field_line(field: Mapping[str, Any]) -> str:
