@@ -36,12 +36,24 @@ def test_it_is_a_schema_of_draft_2020_12(schema: dict[str, Any]) -> None:
     assert "x-collie" not in json.dumps(schema)
 
 
+def _plugins_of(example: dict[str, Any]) -> list[tuple[str, str]]:
+    """Kinds and names of what other packs may bring."""
+    metrics = [
+        metric
+        for evaluator in example.get("evaluation", {}).get("evaluators", [])
+        for metric in evaluator.get("metrics", [])
+    ]
+    names = [("metric", metric if isinstance(metric, str) else metric["type"]) for metric in metrics]
+    return [*names, *(("adapter", section["type"]) for section in [example.get("adapter")] if section)]
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_examples_fit(schema: dict[str, Any], path: Path) -> None:
     example = read_file(path).data
-    adapter = example.get("adapter", {}).get("type")
-    if adapter is not None and adapter not in Plugins.discover().names("adapter"):
-        pytest.skip(f"the pack of adapter {adapter} is not installed")
+    registry = Plugins.discover()
+    for kind, name in _plugins_of(example):
+        if name not in registry.names(kind):
+            pytest.skip(f"the pack of the {kind} {name} is not installed")
     jsonschema.Draft202012Validator(schema).validate(example)
 
 
