@@ -71,6 +71,7 @@ def run(command: list[str] | str, workspace: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a page may have twenty commands, each of which imports everything
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_the_page_runs(page: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
