@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from combos import more
 from families import write_family
 from runs import Record, changed, largest_difference, sections_on, train
 from topologies import sizes_of, world_size_of
@@ -265,9 +266,9 @@ def weights_of(model: nn.Module) -> list[Tensor]:
     ("topology", "names"),
     [
         ("dp1", list(OPTIMIZERS)),
-        ("tp2", ["adalomo", "muon"]),
-        ("dp2", ["adalomo", "sophia"]),
-        ("dp2zero2", ["adan", "sophia"]),
+        more("tp2", ["adalomo", "muon"]),
+        more("dp2", ["adalomo", "sophia"]),
+        more("dp2zero2", ["adan", "sophia"]),
         ("dp2zero3", ["adalomo", "sophia"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import runs
 import torch
+from combos import more
 from families import reference, write_family
 from plain import PlainRun
 from runs import Record, changed, largest_difference, sections_on
@@ -29,8 +30,8 @@ TOPOLOGIES = [
     "dp2zero1",
     "dp2zero2",
     "dp2zero3",
-    "tp2dp2zero1",
-    "tp2dp2zero2",
+    more("tp2dp2zero1"),
+    more("tp2dp2zero2"),
     "tp2dp2zero3",
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from combos import more
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -355,7 +356,9 @@ REAL = {
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", ["gsm8k", "chat packed", *map(more, ("alpaca", "chat", "shakespeare", "shakespeare packed"))]
+)
 def test_real_weights_learn_real_texts(name: str, real_data: Path, tmp_path: Path) -> None:
     file, options = REAL[name]
     path = str(real_data / "text" / file)
