@@ -32,10 +32,8 @@ from typing import Any
 
 import peft
 import torch
-from throughput import BATCH, LENGTH, WARM_UP, StepEnd, new_model, samples, taking_turns
+from throughput import BATCH, LENGTH, WARM_UP, StepEnd, new_model, samples, taking_turns, transformers_trainer
 from torch.profiler import ProfilerActivity, profile
-from transformers import Trainer as TransformersTrainer
-from transformers import TrainingArguments
 
 from collie_core.api import RunConfig, Trainer
 from collie_core.data.tokenizer import byte_tokenizer
@@ -69,25 +67,6 @@ def write_base(folder: str) -> None:
     byte_tokenizer().save_pretrained(folder)
 
 
-def by_transformers(model: Any, rows: Rows, step_ended: Callable[[], None]) -> None:
-    """The transformers Trainer over a model of peft, logging nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=BATCH,
-            num_train_epochs=1,
-            learning_rate=1e-4,
-            optim="adamw_torch_fused",
-            max_grad_norm=1.0,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=10_000,
-        )
-        TransformersTrainer(model, arguments, train_dataset=rows, callbacks=[StepEnd(step_ended)]).train()
-
-
 def by_collie(base: str, rows: Rows, step_ended: Callable[[], None]) -> None:
     """A CoLLiE run that reports as by default, but to files alone."""
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +88,7 @@ def contender(name: str, base: str, rows: Rows) -> Callable[[Callable[[], None]]
     if name == OURS:
         return partial(by_collie, base, rows)
     model = peft.get_peft_model(new_model(), peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
-    return partial(by_transformers, model, rows)
+    return partial(transformers_trainer, rows, model=model)
 
 
 def in_process(work: Callable[[], Any]) -> Any:

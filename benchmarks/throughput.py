@@ -121,8 +121,8 @@ class StepEnd(TrainerCallback):
         self.step_ended()
 
 
-def transformers_trainer(rows: list[dict[str, list[int]]], step_ended: Callable[[], None]) -> None:
-    """The transformers Trainer, logging nothing."""
+def transformers_trainer(rows: list[dict[str, list[int]]], step_ended: Callable[[], None], model: Any = None) -> None:
+    """The transformers Trainer over `model`, or the llama all three train, logging nothing."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -137,7 +137,8 @@ def transformers_trainer(rows: list[dict[str, list[int]]], step_ended: Callable[
             disable_tqdm=True,
             logging_steps=10_000,
         )
-        TransformersTrainer(new_model(), arguments, train_dataset=rows, callbacks=[StepEnd(step_ended)]).train()
+        model = new_model() if model is None else model
+        TransformersTrainer(model, arguments, train_dataset=rows, callbacks=[StepEnd(step_ended)]).train()
 
 
 def collie(rows: list[dict[str, list[int]]], step_ended: Callable[[], None]) -> None:
