@@ -393,6 +393,7 @@ def refused(adapter: dict[str, Any], model: Path, data: Path, output: Path, **pa
     with pytest.raises(CollieError) as caught:
         Trainer(RunConfig(**sections), observers=()).train()
     assert not (output / "run").exists()
+    assert caught.value.exit_code == 2
     return str(caught.value)
 
 
@@ -425,7 +426,7 @@ def test_bad_input_is_one_sentence(families: Path, instructions: Path, tmp_path:
     assert "is damaged: not finite" in refused(there, *args)
     (torn / "adapter_model.safetensors").unlink()
     assert "holds no adapter_model.safetensors" in refused(there, *args)
-    empty = {"type": "lora", "adapter_name_or_path": str(tmp_path)}
+    empty = {"type": "lora", "adapter_name_or_path": str(family)}
     assert "holds no adapter: neither collie_adapter.json nor adapter_config.json" in refused(empty, *args)
 
 

@@ -129,7 +129,7 @@ def test_what_cannot_start_says_one_sentence_and_leaves_nothing(
     section: str, key: str, value: Any, said: str, sections: Sections, tmp_path: Path, capsys: Any
 ) -> None:
     sections[section][key] = value
-    assert main(["train", str(write_yaml(sections, tmp_path / "run.yaml"))]) == 1
+    assert main(["train", str(write_yaml(sections, tmp_path / "run.yaml"))]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collie_core.loop import Trainer
     from collie_core.model.adapters import whole_of_part
     from collie_core.model.family import Source, StockFamily
+    from collie_core.model.named_adapters import folders_by_name, with_adapters
     from collie_core.model.stages import is_stage
     from collie_core.model.virtual_tokens import put_virtual_tokens
     from collie_core.model.whole import Whole, whole_of
@@ -86,6 +87,7 @@ _HOME = {
     "Trainer": "loop",
     "Whole": "model.whole",
     "end_ids": "generate",
+    "folders_by_name": "model.named_adapters",
     "hookimpl": "plugins",
     "is_stage": "model.stages",
     "load_for_generation": "generate",
@@ -93,6 +95,7 @@ _HOME = {
     "quiet_libraries": "cli._quiet",
     "whole_of": "model.whole",
     "whole_of_part": "model.adapters",
+    "with_adapters": "model.named_adapters",
 }
 
 __all__ = [
@@ -136,6 +139,7 @@ __all__ = [
     "Trainer",
     "Whole",
     "end_ids",
+    "folders_by_name",
     "hookimpl",
     "is_stage",
     "load_for_generation",
@@ -143,6 +147,7 @@ __all__ = [
     "quiet_libraries",
     "whole_of",
     "whole_of_part",
+    "with_adapters",
 ]
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class CollieError(ValueError):
     """The base of all errors whose message is written for the person who runs CoLLiE."""
+
+    exit_code: ClassVar[int] = 1  # 2: what was given is wrong, and doing it again would not help
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ def _short(value: object, limit: int = 80) -> str:
 class ConfigError(CollieError):
     """All problems of a configuration at once."""
 
+    exit_code = 2
+
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in problems))
@@ -58,9 +63,13 @@ class PluginError(CollieError):
 class DataError(CollieError):
     """A data file or sample cannot be used; the message gives file and line."""
 
+    exit_code = 2
+
 
 class ModelError(CollieError):
     """Weights, architecture or tokenizer do not fit; the message names the tensor or key."""
+
+    exit_code = 2
 
 
 class RunError(CollieError):

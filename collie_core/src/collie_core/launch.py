@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from collie_core.errors import CollieError, ConfigError, RunError
+from collie_core.errors import CollieError, RunError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -133,7 +133,7 @@ def _fail(error: Exception | KeyboardInterrupt, watch: Watch | None) -> NoReturn
         shown = os.environ.get("COLLIE_TRACEBACK", "0") not in ("", "0")
         print(f"{traceback.format_exc() if shown else stack}\n{sentence}".lstrip(), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(2 if isinstance(error, ConfigError) else 130 if isinstance(error, KeyboardInterrupt) else 1)
+    os._exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
 
 
 def _first_reason(error: ChildFailedError, processes: int) -> str:

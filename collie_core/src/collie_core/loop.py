@@ -267,7 +267,7 @@ class Trainer:
         if self.topology.is_main:
             self.config.registry.load("adapter", adapter.type).save(whole_of_part(self.model), folder, state)
             base = str(self.config.model.model_name_or_path or "")
-            describe_adapter(folder, adapter.type, base, self.parts.vocabulary)
+            describe_adapter(folder, adapter.type, base, self.parts.vocabulary, adapter.name or "")
             self.parts.tokenizer.save_pretrained(folder)
 
 

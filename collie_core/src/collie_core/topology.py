@@ -34,6 +34,9 @@ class Axis:
     group: ProcessGroup | None = field(default=None, compare=False, repr=False)
     ranks: tuple[int, ...] = (0,)  # global, in the order of the axis
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        return self  # a copied model works with the same processes
+
 
 @dataclass(frozen=True)
 class Topology:

@@ -35,7 +35,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_fields_have_the_names_and_defaults_of_peft() -> None:
     theirs = {field.name: field for field in fields(peft.IA3Config)}
     for name, field in Ia3Config.model_fields.items():
-        if name not in ("type", "adapter_name_or_path"):
+        if name not in Ia3Config.for_the_core:
             factory, default = theirs[name].default_factory, theirs[name].default
             assert field.default == (default if factory is MISSING else factory())
 

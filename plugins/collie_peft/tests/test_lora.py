@@ -77,7 +77,7 @@ def test_component_is_light_and_points_at_the_adapter() -> None:
 def test_fields_have_the_names_and_defaults_of_peft() -> None:
     theirs = {field.name: field for field in fields(peft.LoraConfig)}
     for name, field in LoraConfig.model_fields.items():
-        if name in ("type", "adapter_name_or_path"):
+        if name in LoraConfig.for_the_core:
             continue
         factory, default = theirs[name].default_factory, theirs[name].default
         assert field.default == (default if factory is MISSING else factory())

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from collie_core import __version__
-from collie_core.errors import CollieError, ConfigError
+from collie_core.errors import CollieError
 
 if TYPE_CHECKING:
     from collie_core.plugins import Plugins
@@ -135,7 +135,7 @@ def _report(error: CollieError) -> int:
         traceback.print_exception(error)
     else:
         print(error, file=sys.stderr)
-    return 2 if isinstance(error, ConfigError) else 1
+    return error.exit_code
 
 
 def _end_of_pipe() -> int:

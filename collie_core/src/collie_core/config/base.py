@@ -106,6 +106,13 @@ class ComponentConfig(ConfigModel):
 class AdapterConfig(ComponentConfig):
     """The section of an adapter."""
 
+    for_the_core: ClassVar[frozenset[str]] = frozenset({"type", "name", "adapter_name_or_path"})
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="What it is called beside other adapters of the same base model.",
+    )
     adapter_name_or_path: str | None = Field(
         None, description="A saved adapter to go on from. It brings its own options, so none is written beside it."
     )

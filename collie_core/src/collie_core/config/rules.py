@@ -145,11 +145,11 @@ RULES = (
         "adapter.adapter_name_or_path",
         "`adapter.adapter_name_or_path` with other options of the adapter",
         "a saved adapter brings its own options",
-        "Keep `type` and `adapter_name_or_path` alone.",
+        "Keep `type`, `name` and `adapter_name_or_path` alone.",
         lambda config: (
             config.adapter is not None
             and config.adapter.adapter_name_or_path is not None
-            and bool(config.adapter.model_fields_set - {"type", "adapter_name_or_path"})
+            and bool(config.adapter.model_fields_set - config.adapter.for_the_core)
         ),
     ),
     Rule(

@@ -247,13 +247,16 @@ class SavedAdapter(NamedTuple):
     base: str  # folder or hub id of the model it sits on
     base_fingerprint: str = ""  # of its weights; "" where peft wrote the folder
     vocabulary: VocabularyExtension | None = None  # rows that the base model got
+    name: str = ""  # what it is called beside others of its base; "": it was given no name
 
 
-def describe_adapter(folder: Path, type: str, base: str, vocabulary: VocabularyExtension | None = None) -> None:
+def describe_adapter(
+    folder: Path, type: str, base: str, vocabulary: VocabularyExtension | None = None, name: str = ""
+) -> None:
     """Write down which plugin reads the adapter in `folder`, and its base model (a local one by its full path)."""
     fingerprint = Checkpoint.open(base).fingerprint() if base else ""
     base = str(Path(base).resolve()) if Path(base).exists() else base
-    written = SavedAdapter(type, base, fingerprint)._asdict()
+    written = SavedAdapter(type, base, fingerprint, name=name)._asdict()
     written["vocabulary"] = None if vocabulary is None else vocabulary.to_json()
     (folder / ADAPTER).write_text(json.dumps(written, indent=2) + "\n")
 
@@ -265,9 +268,18 @@ def base_of_adapter(folder: Path) -> SavedAdapter:
         ModelError: there is none.
     """
     saved = _saved_adapter(folder)
+    if saved is None and (below := adapters_below(folder)):
+        raise ModelError(f"{folder} has adapters in folders below it; name one: {', '.join(map(str, below))}")
     if saved is None:
         raise ModelError(f"{folder} holds no adapter: neither {ADAPTER} nor {PEFT_ADAPTER} is there")
     return saved
+
+
+def adapters_below(folder: Path) -> list[Path]:
+    """The folders of adapters in a folder that is none itself: peft saves named ones so."""
+    if _saved_adapter(folder) is not None or not folder.is_dir():
+        return []
+    return [path for path in sorted(folder.iterdir()) if _saved_adapter(path) is not None]
 
 
 def load_adapter(model: nn.Module, folder: Path, registry: Plugins, topology: Topology) -> nn.Module:

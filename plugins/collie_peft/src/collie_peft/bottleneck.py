@@ -80,7 +80,7 @@ class BottleneckAdapter:
     def save(self, model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
         """Write weights and options; peft does not know them."""
         config: Any = model.collie_bottleneck
-        options = {"peft_type": "BOTTLENECK", **config.model_dump(exclude={"type", "adapter_name_or_path"})}
+        options = {"peft_type": "BOTTLENECK", **config.model_dump(exclude={*config.for_the_core})}
         save_file(dict(state), path / WEIGHTS, metadata={"format": "pt"})
         (path / CONFIG).write_text(json.dumps(options, indent=2) + "\n")
 

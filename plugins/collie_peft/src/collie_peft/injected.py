@@ -31,7 +31,7 @@ class InjectedAdapter:
         Raises:
             ModelError: a name of a module matches nothing, or peft refuses the combination.
         """
-        options = config.model_dump(exclude={"type", "adapter_name_or_path"})
+        options = config.model_dump(exclude={*config.for_the_core})
         for key in ("target_modules", "feedforward_modules", "modules_to_save"):
             if not is_stage(model):
                 check_names(model, key, options.get(key))

@@ -29,7 +29,7 @@ class LlamaAdapter:
         Raises:
             ModelError: peft does not know the family, or there are fewer layers, or no such attention.
         """
-        options = config.model_dump(exclude={"type", "adapter_name_or_path"})
+        options = config.model_dump(exclude={*config.for_the_core})
         return self._put_on(model, peft.AdaptionPromptConfig(task_type=peft.TaskType.CAUSAL_LM, **options))
 
     def save(self, model: Any, path: Path, state: Mapping[str, Tensor]) -> None:

@@ -56,7 +56,7 @@ class PromptAdapter:
         Raises:
             ModelError: peft refuses the options, or there is no tokenizer for the text.
         """
-        options = config.model_dump(exclude={"type", "adapter_name_or_path"})
+        options = config.model_dump(exclude={*config.for_the_core})
         if options.get("prompt_tuning_init") == "TEXT":
             options["tokenizer_name_or_path"] = options["tokenizer_name_or_path"] or str(model.config.name_or_path)
         try:
