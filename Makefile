@@ -11,7 +11,7 @@ JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test everything check format bench docs constraints clean
+.PHONY: help install quickstart test everything crash check format bench docs constraints clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ test: install ## All tests
 
 everything: export COLLIE_TEST_ALL = 1
 everything: test ## All tests, and combinations of which they take only a part
+
+crash: export COLLIE_CRASHES = 60
+crash: install ## Sixty runs that are killed at any moment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/crash $(ARGS)
 
 check: install ## Lint, format and types
 	$(BIN)/ruff check .

@@ -38,10 +38,15 @@ TOPOLOGIES = ["dp1", "tp2", "pp2", "tp2pp2", "tp2dp2"]
 class Ranks:
     """A callback that keeps what is left after every step, of this rank's layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, end: int | None = None) -> None:
+        self.end = end  # the run ends before the step after it
         self.left: list[dict[str, list[bool]]] = []
         self.losses: list[float] = []
         self.norms: list[float] = []
+
+    def collie_before_step(self, run: Any) -> None:
+        if run.step == self.end:
+            raise KeyboardInterrupt
 
     def collie_after_step(self, run: Any, loss: Any) -> None:
         self.left.append(left(run.model))
@@ -62,8 +67,12 @@ def train(topology: str, adapter: Any, model: Path, data: Path, output: Path, ch
     sections["train"] |= {"gradient_accumulation_steps": 2, "seed": SEED, "max_grad_norm": CLIP}
     sections["optimizer"] = {"type": "adamw", "lr": 1e-2, "weight_decay": 0.01}
     sections["adapter"] = {"type": "adalora", **adapter}
-    seen = Ranks()
-    Trainer(RunConfig(**changed(sections, changes)), callbacks=[seen], observers=()).train()
+    end = changes.pop("end", None)
+    seen = Ranks(end)
+    try:
+        Trainer(RunConfig(**changed(sections, changes)), callbacks=[seen], observers=()).train()
+    except KeyboardInterrupt:
+        assert end is not None
     return seen.losses, seen.norms, seen.left
 
 
@@ -211,6 +220,26 @@ def test_a_pruned_adapter_goes_on_with_its_ranks_and_is_merged(
     assert main(["merge", "--adapter", str(saved), "--out", str(out), "--verify"]) == 0
     loaded = peft.PeftModel.from_pretrained(reference(base, "internlm2"), str(saved))
     torch.testing.assert_close(logits(reference(out, "internlm2")), logits(loaded), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", VARIANTS)
+def test_it_goes_on_from_a_checkpoint_before_and_after_its_last_allocation(
+    family: str, zygote: Any, families: Path, instructions: Path, tmp_path: Path
+) -> None:
+    """Averages of sensitivities are part of it, on every topology."""
+    args = (VARIANTS[family], families / family, instructions)
+    expected, ranks = run_one(zygote, "dp1", *args, tmp_path / "whole")
+    changes = {"checkpoint__save_steps": 1, "checkpoint__resume_from_checkpoint": "auto"}
+    changes["train__overwrite_output_dir"] = False
+    legs = [("dp1", 3), ("dp1", 4), ("pp2", 5), ("tp2", 7), ("dp1", None)]  # the last allocation is at step 6
+    losses, found = [], []
+    for topology, end in legs:
+        more, left_then = run_one(zygote, topology, *args, tmp_path / "parts", **changes, end=end)
+        losses += more
+        found += left_then
+    assert losses[:4] == expected[:4]
+    assert largest_difference(losses, expected) <= 1e-5
+    assert found == ranks
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,35 @@ def test_the_same_bits_after_every_crash(
         assert sorted(seen) == list(range(STEPS * BATCH)), kind
 
 
+def one_step_after_the_other(own: Sections, steps: int) -> tuple[list[float], list[int]]:
+    """A run that is stopped after every step, and started again."""
+    losses, positions = [], []
+    for stop in [*range(1, steps), None]:
+        more = train(own, stop)
+        losses += more[0]
+        positions += more[1]
+    return losses, positions
+
+
+def test_stopped_after_every_one_of_twenty_steps(models: Path, instructions: Path, zygote: Any, tmp_path: Path) -> None:
+    """Dropout, packing and two workers; epochs end between."""
+    changes = {"train__max_steps": 20, "checkpoint__save_steps": 1, "data__num_workers": 2}
+    once, often = (sections("dp1", "dropout", models, instructions, tmp_path / name, **changes) for name in "ab")
+    ((expected, order),) = zygote.run(__file__, "train", world_size=1, args=(once,))
+    ((losses, positions),) = zygote.run(
+        __file__, "one_step_after_the_other", world_size=1, args=(often, 20), limit_s=200
+    )
+    assert len(losses) == 20
+    assert losses == expected
+    assert positions == order
+    assert sorted(order) == list(range(20 * BATCH))
+
+
 # -- another topology -----------------------------------------------------------------------------------------------
 
 CHAINS: dict[str, list[str]] = {  # of 4, 2, 4 and 1 ranks
-    "adamw": ["tp2pp2zero1", "dp2zero3", "tp4", "dp1"],
-    "lion": ["pp2dp2zero1", "dp2zero2", "tp2pp2", "dp1zero3"],
+    "adamw": ["tp2pp2zero1", "dp2zero3offload1", "tp4", "dp1"],
+    "lion": ["pp2dp2zero1", "dp2zero2offload1", "tp2pp2", "dp1zero3"],
     "adalomo": ["tp2dp2", "dp2zero3", "tp4", "dp1zero3"],
     "lora": ["tp2pp2zero1", "dp2zero3", "tp4", "dp1"],
     "sophia": ["tp2dp2zero3", "pp2", "pp2dp2zero2", "dp1"],
@@ -178,7 +203,7 @@ def copy_at_start(
 
     class Copy:
         def collie_run_start(self, run: Any) -> None:
-            trainer.checkpoints.folder = target / run.config.optimizer.type
+            trainer.checkpoints.saver.folder = target / run.config.optimizer.type
             trainer.checkpoints.save(run, {}, {})
             raise Crash
 
@@ -409,6 +434,75 @@ def test_bad_input_is_told_in_a_sentence(
         damage(path / "trainer.json", "truncated")
     with pytest.raises(CollieError, match=r"no checkpoint in .* is sound"):
         train(own)
+
+
+class Burglar:
+    """Whoever unpickles it leaves a file behind."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.trace,))
+
+
+def test_nothing_in_a_checkpoint_is_executed(own: Sections, tmp_path: Path) -> None:
+    """Also where whoever put it there has made the manifest fit."""
+    train(own, crash_at=3)
+    (newest,) = files.checkpoints_in(output_of(own) / "checkpoints")
+    pickled, trace = pickle.dumps(Burglar(tmp_path / "trace")), tmp_path / "trace"
+    weights = (newest / "model" / "model.safetensors").read_bytes()
+
+    def goes_on() -> str:
+        (newest / files.MANIFEST).unlink()
+        files.write_manifest(newest, 2, {})
+        try:
+            Trainer(RunConfig(**own), callbacks=[Watcher(3)], observers=()).train()
+        except (CollieError, Crash) as error:
+            return str(error)
+        raise AssertionError
+
+    for name in ("optimizer.pt", "model/pytorch_model.bin", "model/training_args.bin"):
+        (newest / name).write_bytes(pickled)
+    assert goes_on() == ""  # they are not looked at
+    (newest / "model" / "model.safetensors").unlink()
+    assert "neither model.safetensors nor" in goes_on()
+    (newest / "model" / "model.safetensors").write_bytes(pickled)
+    assert "cannot load the weights" in goes_on()
+    (newest / "model" / "model.safetensors").write_bytes(weights)
+    (newest / files.STATES).write_bytes(pickled)
+    assert "cannot load the weights" in goes_on()
+    (newest / "trainer.json").write_bytes(pickled)
+    assert "trainer.json cannot be read" in goes_on()
+    assert not trace.exists()
+
+
+def test_what_a_run_would_go_on_from_is_told_before(own: Sections, tmp_path: Path, capsys: Any) -> None:
+    path, output = tmp_path / "run.yaml", output_of(own)
+    path.write_text(json.dumps(own))
+    command = ["train", str(path), "--resume-explain"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"begins: {output}/checkpoints has no checkpoint\n"
+    with pytest.raises(Crash):
+        Trainer(RunConfig(**own), callbacks=[Watcher(5)]).train()
+    before = sorted(output.rglob("*"))
+    assert main([*command, "train.max_steps=20", "--nproc", "2", "parallel.zero_stage=3", "optimizer.type=lion"]) == 0
+    told = capsys.readouterr().out
+    for part in (
+        f"goes on from  {output}/checkpoints/step-00000004, of 20",
+        "files, every one as it was written",
+        "restored      step 4 of 8, epoch 0.8; 32 samples read; 20 parameters; AdamW with exp_avg, exp_avg_sq, step",
+        "cut anew      data_parallel_size 1 -> 2, zero_stage 0 -> 3: the same numbers to float32 rounding",
+        'changed       optimizer.type: "adamw" -> "lion" (the run will refuse this)',
+        "changed       train.max_steps: 8 -> 20",
+        "begun again   steps 5 to 5, and their rows of metrics.jsonl",
+    ):
+        assert part in told
+    assert sorted(output.rglob("*")) == before
+    assert main(command) == 0
+    assert "cut anew      nothing: the same ranks, so the same numbers to the last bit" in capsys.readouterr().out
+    assert main([*command, "checkpoint.resume_from_checkpoint=null"]) == 0
+    assert capsys.readouterr().out.startswith("begins: ")
 
 
 def test_the_base_of_an_adapter_must_stay(models: Path, instructions: Path, tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import preloaded
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,10 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # of make are not run here.
 FEW = "train.max_steps=20 train.num_train_epochs=null"
 FINETUNE = "model.model_name_or_path=runs/quickstart/model data.max_length=256"
+ADALOMO = "collie train examples/quickstart.yaml optimizer.type=adalomo optimizer.lr=1e-2 train.max_grad_norm=0"
 SHORTER = {
     "make quickstart": "collie train examples/quickstart.yaml train.max_steps=20 evaluation.steps=null",
     f"collie train run.yaml {FINETUNE} optimizer.lr=1e-3": f"collie train run.yaml {FINETUNE} {FEW}",
     f"collie train lora.yaml {FINETUNE}": f"collie train lora.yaml {FINETUNE} {FEW}",
+    f"{ADALOMO} train.max_steps=50 train.output_dir=runs/adalomo": f"{ADALOMO} train.max_steps=4 evaluation.steps=null",
 }
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 FENCE = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -39,11 +44,24 @@ def blocks(page: str) -> list[Block]:
     return [Block(*match.groups()) for match in FENCE.finditer((ROOT / page).read_text())]
 
 
-def environment(workspace: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `collie` and `python` that have imported everything already; see `preloaded`."""
+    folder = tmp_path_factory.mktemp("programs")
+    command = [sys.executable, preloaded.__file__, str(folder / "socket"), str(folder)]
+    with subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}) as server:
+        while not (folder / "socket").exists():
+            assert server.poll() is None
+            time.sleep(0.1)
+        yield folder
+        server.terminate()
+
+
+def environment(workspace: Path, programs: Path) -> dict[str, str]:
     """A person's shell: the tools of this environment first, plugins of the page found, no network."""
     binaries = Path(sys.executable).parent
     return os.environ | {
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(programs), str(binaries), os.environ["PATH"]]),
         "PYTHONPATH": str(workspace / "site"),
         "PIP_TARGET": str(workspace / "site"),
         "PIP_NO_DEPS": "1",
@@ -55,12 +73,12 @@ def environment(workspace: Path) -> dict[str, str]:
     }
 
 
-def run(command: list[str] | str, workspace: Path) -> None:
+def run(command: list[str] | str, workspace: Path, programs: Path) -> None:
     done = subprocess.run(
         command,
         shell=isinstance(command, str),
         cwd=workspace,
-        env=environment(workspace),
+        env=environment(workspace, programs),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -71,9 +89,9 @@ def run(command: list[str] | str, workspace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a page may have twenty commands, each of which imports everything
+@pytest.mark.timeout(900)  # a page may have twenty commands
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_of_the_page_runs(page: str, tmp_path: Path) -> None:
+def test_every_block_of_the_page_runs(page: str, tmp_path: Path, programs: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     for block in blocks(page):
         if block.file is not None:
@@ -84,9 +102,9 @@ def test_every_block_of_the_page_runs(page: str, tmp_path: Path) -> None:
             for line in block.text.splitlines():
                 command = SHORTER.get(line, "" if line.startswith("make ") else line)
                 if command:
-                    run(command, tmp_path)
+                    run(command, tmp_path, programs)
         elif block.language == "python":
-            run([sys.executable, "-c", block.text], tmp_path)
+            run([str(programs / "python"), "-c", block.text], tmp_path, programs)
 
 
 @pytest.mark.parametrize("page", PAGES)

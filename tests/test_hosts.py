@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from combos import more
 from fake_dists import write_distribution
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -333,6 +334,24 @@ def test_a_killed_rank_under_srun_ends_both(hosts: Cable, run_file: Path, site: 
     )
     assert [job.tells(said) for job in jobs] == [1, 0, 1, 0]  # one on each host
     assert "Traceback" not in "".join(job.said for job in jobs)
+
+
+@pytest.mark.parametrize("rank", [more(3), more(0)])
+def test_a_stopped_rank_is_named_on_both_hosts(
+    rank: int, hosts: Cable, run_file: Path, site: Path, tmp_path: Path
+) -> None:
+    """Also rank 0, which would ask the others."""
+    variables = {"PYTHONPATH": str(site), "STEP_S": "0.2"}
+    jobs = srun(hosts, tmp_path, 2, str(run_file), "train.max_steps=10000", "parallel.timeout_s=3", **variables)
+    jobs[0].wait_for("step 2/", STARTED_WITHIN_S)
+    ranks = [rank for job in jobs for rank in job.ranks()]
+    ranks[rank].suspend()
+    all_end_within(ALL_END_WITHIN_S, [other for other in ranks if other is not ranks[rank]])
+    said = rf"^rank {rank} of 4 on host{'AB'[rank // 2]} is late: no answer, so stopped or blocked\. rank"
+    told = [len(re.findall(said, job.said, re.M)) for job in jobs]
+    assert told == ([1, 0, 1, 0] if rank else [0, 1, 1, 0])
+    for job in (job for job, count in zip(jobs, told, strict=True) if count):
+        assert "in all_reduce\n" in job.said  # where it waits
 
 
 def test_hosts_that_do_not_agree_end_before_they_start(hosts: Cable, run_file: Path) -> None:

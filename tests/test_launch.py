@@ -188,7 +188,7 @@ def watched(fault: str) -> float:
     topology = Topology.start(ParallelConfig())
     began = time.monotonic()
     try:
-        with watching(topology):
+        with watching(topology, 1800.0):
             topology.barrier()
             if fault == "all" or topology.rank == 1:
                 raise RunError("no such luck")
@@ -213,7 +213,7 @@ def watched_twice() -> None:
     """Two trainings in one program."""
     topology = Topology.start(ParallelConfig())
     for _ in range(2):
-        with watching(topology), watching(topology):
+        with watching(topology, 1800.0), watching(topology, 1800.0):
             topology.barrier()
 
 

@@ -98,7 +98,7 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys: Any) -> None:
     good = write_adapter(base, "llama", "lora", tmp_path / "good")
     said = refusal(capsys, "--base", str(other), "--adapter", str(good), "--out", str(out))
     assert "was trained on other weights" in said
-    assert "holds no adapter" in refusal(capsys, "--adapter", str(tmp_path), "--out", str(out))
+    assert "holds no adapter" in refusal(capsys, "--adapter", str(base), "--out", str(out))
     assert not out.exists()
     out.mkdir()
     assert "exists already" in refusal(capsys, "--adapter", str(good), "--out", str(out))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from collie_core import launch
+from collie_core.api import RunConfig
+from collie_core.checkpoint.signals import Leave
 from collie_core.errors import DataError, RunError
+from collie_core.hub import Fault
+from collie_core.report.rundir import CONFIG, HEADER
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_ERROR_FILE", launch.OURS)
 
@@ -20,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "T
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_die_with_parent", lambda: None)  # nor when the thread that started pytest ends
-    for name in (*LAUNCHER, "SLURM_STEP_NUM_TASKS"):
+    for name in (*LAUNCHER, "SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.setenv(name, "x")  # so that what a test sets is taken back
         monkeypatch.delenv(name)
 
@@ -70,53 +71,59 @@ def test_a_batch_script_without_srun_is_one_process(monkeypatch: pytest.MonkeyPa
     assert launch.processes_to_start(1) == 1
 
 
-def failure(exitcode: int, reason: dict[str, Any] | None, timestamp: int = 0) -> Any:
-    return SimpleNamespace(exitcode=exitcode, error_file_data=reason or {"message": "<none>"}, timestamp=timestamp)
+def left_by(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+    """Exit code and reason of a rank that our launcher has started, before it has met the others."""
+    ended: list[int] = []
+    monkeypatch.setattr(launch.os, "_exit", ended.append)
+    monkeypatch.setattr(launch, "Watch", None)  # nobody is there
+    for name, value in {launch.OURS: "1", "RANK": "0", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "x")}.items():
+        monkeypatch.setenv(name, value)
+    with launch.reported_to_launcher():
+        raise error
+    message = json.loads((tmp_path / "x").read_text())["message"]
+    return ended[0], {**message["extraInfo"], "message": message["message"]}
 
 
-@pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception, float], dict[str, Any]]:
-    """What a rank leaves behind that fails at a time."""
-
-    def leave(error: Exception, at: float) -> dict[str, Any]:
-        ended: list[int] = []
-        monkeypatch.setattr("collie_core.watch.time.time", lambda: at)
-        monkeypatch.setattr(launch.os, "_exit", ended.append)
-        for name, value in {launch.OURS: "1", "RANK": "0", "TORCHELASTIC_ERROR_FILE": str(tmp_path / "x")}.items():
-            monkeypatch.setenv(name, value)
-        with launch.reported_to_launcher():
-            raise error
-        assert ended == [1]
-        record: dict[str, Any] = json.loads((tmp_path / "x").read_text())
-        return record
-
-    return leave
-
-
-def test_the_first_reason_is_told_and_its_echoes_are_not(
-    written: Callable[[Exception, float], dict[str, Any]],
+@pytest.mark.parametrize(
+    ("error", "code", "mends"),
+    [
+        (DataError("rows.jsonl:3: this is not JSON"), 2, False),
+        (RunError("the loss is not a number"), 1, False),
+        (Fault("rank 1 cannot reach rank 0"), 1, True),
+        (KeyError("lost"), 1, True),
+        (KeyboardInterrupt(), 130, False),
+        (Leave("SIGTERM came"), 0, False),
+    ],
+)
+def test_a_rank_tells_why_it_ends_and_whether_a_restart_may_help(
+    error: BaseException, code: int, mends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within one second: rank 0 hears of the lost rank 1 a moment later, and rank 2 is ended by the launcher."""
-    failures = {
-        0: failure(1, written(ConnectionError("reset by peer"), 100.6)),
-        1: failure(1, written(DataError("rows.jsonl:3: this is not JSON"), 100.2)),
-        2: failure(-signal.SIGTERM, None, timestamp=99),
-    }
-    reason = launch._first_reason(SimpleNamespace(failures=failures), 3)  # type: ignore[arg-type]
-    assert reason == "rank 1 of 3 failed: rows.jsonl:3: this is not JSON"
+    found, reason = left_by(error, tmp_path, monkeypatch)
+    assert (found, reason["mends"], reason["about"]) == (code, mends, None)
+    assert ("Traceback" in reason["details"]) == isinstance(error, (KeyError, KeyboardInterrupt))
+    assert str(error) in reason["message"]
 
 
-def test_a_bug_is_told_with_its_traceback_and_a_kill_by_its_signal(
-    written: Callable[[Exception, float], dict[str, Any]],
-) -> None:
-    bug = {0: failure(1, written(KeyError("lost"), 1.0))}
-    assert "Traceback" in launch._first_reason(SimpleNamespace(failures=bug), 2)  # type: ignore[arg-type]
-    killed = {1: failure(-signal.SIGKILL, None)}
-    said = launch._first_reason(SimpleNamespace(failures=killed), 2)  # type: ignore[arg-type]
-    assert said == "rank 1 of 2 was ended by SIGKILL; the system may have run out of memory"
-    silent = {1: failure(3, None)}
-    said = launch._first_reason(SimpleNamespace(failures=silent), 2)  # type: ignore[arg-type]
-    assert said == "rank 1 of 2 ended with exit code 3 and gave no reason"
+def test_a_restarted_run_goes_on_from_its_own_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changes(resume: str | None, save_steps: int | None = 2) -> list[str]:
+        checkpoint = {"save_steps": save_steps, "resume_from_checkpoint": resume}
+        return launch.restart_overrides(RunConfig(train={"output_dir": str(tmp_path)}, checkpoint=checkpoint))
+
+    assert changes(None) == []  # this is the first start
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert changes(None) == ["checkpoint.resume_from_checkpoint=auto"]
+    assert changes(None, save_steps=None) == []
+    assert changes("another/run") == []
+    (tmp_path / CONFIG).write_text(HEADER)
+    assert changes("another/run") == ["train.overwrite_output_dir=true"]
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert changes("another/run") == ["checkpoint.resume_from_checkpoint=auto"]
+
+
+def test_another_launcher_does_its_own_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(RunError, match="tell it to restart them"):
+        launch.processes_to_start(None, restarts=2)
 
 
 def test_without_a_launcher_an_error_passes() -> None:

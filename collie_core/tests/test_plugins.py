@@ -452,7 +452,7 @@ class A:
         ("metric", METRIC + "def T(n): return M()", "T(n) must accept (): missing a required argument: 'n'"),
         ("model", "class T:\n  def make_config(self, raw): ...", "T has no attribute 'model_type'"),
         ("evaluator", "class T:\n  def evaluate(self): ...", "T.evaluate(self) must accept (self, context"),
-        ("server", "class T:\n  def serve(self): ...", "T.serve(self) must accept (self, model, tokenizer"),
+        ("server", "class T:\n  def serve(self): ...", "T.serve(self) must accept (self, served, ready"),
     ],
 )
 def test_a_target_that_does_not_fit(install: Any, kind: str, code: str, cause: str) -> None:

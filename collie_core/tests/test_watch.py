@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,16 @@ class MemoryStore:
             if not self.changed.wait_for(lambda: key in self.values, timeout=5):
                 raise RuntimeError("wait timeout")
             return self.values[key].encode()
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        with self.changed:
+            if self.values.get(key, "") == expected:
+                self.values[key] = desired
+            return self.values[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        with self.changed:
+            return all(key in self.values for key in keys)
 
 
 class Rank:
@@ -191,6 +202,66 @@ def test_ranks_that_do_not_agree_are_ended_with_what_differs(run: Callable[..., 
     assert [ending.speaks for ending in told] == [True, False, True, False]
 
 
+def test_one_that_was_asked_to_leave_takes_all_along(run: Callable[..., list[Rank]]) -> None:
+    everyone = run(3)
+    assert everyone[1].watch.fail("SIGTERM came", code=0, mends=False).sentence == "SIGTERM came"
+    for rank in (everyone[0], everyone[2]):
+        ending = rank.heard_within(AT_ONCE)
+        assert (ending.sentence, ending.code, ending.mends) == ("SIGTERM came", 0, False)
+
+
+def stand(place: threading.Event) -> None:
+    place.wait(5)
+
+
+def test_a_rank_for_which_the_others_wait_is_found(run: Callable[..., list[Rank]]) -> None:
+    everyone = run(3)
+    place = threading.Event()
+    for rank in everyone:
+        rank.watch.limit(0.3)
+        if rank is not everyone[2]:  # the last one is this thread: it goes on, and is not where the others wait
+            thread = threading.Thread(target=stand, args=(place,), daemon=True)
+            thread.start()
+            rank.watch.progress.thread = thread.ident or 0
+            rank.watch.progress.run = SimpleNamespace(step=3)
+    told = [everyone[0].heard_within(5), everyone[1].heard_within(AT_ONCE)]
+    place.set()
+    assert {ending.rank for ending in told} == {2}
+    assert told[0].sentence.startswith("rank 2 of 3 on host1 is late: outside of the steps, in")
+    assert "ranks 0-1 of 3 stand still after step 3, in" in told[0].sentence
+    assert "stand\n" in told[0].details
+    assert told[0].mends
+
+
+def test_a_rank_0_that_does_not_answer_is_found(
+    run: Callable[..., list[Rank]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "ANSWER_S", 0.2)
+    everyone = run(2)
+    monkeypatch.setattr(everyone[0].watch._hub, "_hear", lambda *_: None)  # stopped
+    everyone[1].watch.progress.run = SimpleNamespace(step=3)
+    everyone[1].watch.limit(0.3)
+    for _ in range(20):
+        time.sleep(0.1)  # this thread is the one that is looked at
+    ending = everyone[1].heard_within(AT_ONCE)
+    assert (ending.rank, ending.speaks) == (0, True)
+    assert ending.sentence.startswith("rank 0 of 2 on host0 is late: no answer, so stopped or blocked. rank 1 of 2 on")
+
+
+def test_the_first_that_comes_decides_for_all(run: Callable[..., list[Rank]], monkeypatch: pytest.MonkeyPatch) -> None:
+    everyone = run(2)
+
+    def agreed(rank: int, question: str, *, wish: bool) -> bool:
+        monkeypatch.setattr(watch, "_current", everyone[rank].watch)
+        return watch.agreed(question, wish=wish)
+
+    assert not agreed(0, "leave/4/1", wish=False)
+    assert not agreed(1, "leave/4/1", wish=True)  # the other one has gone on already
+    assert agreed(0, "leave/4/2", wish=False)  # and now knows of the wish
+    assert agreed(1, "leave/4/2", wish=True)
+    assert not agreed(0, "other/1", wish=False)
+
+
 def test_ranks_that_agree_go_on(run: Callable[..., list[Rank]]) -> None:
     everyone = run(3)
     for rank in everyone:
@@ -235,7 +306,7 @@ def test_strangers_are_not_heard(run: Callable[..., list[Rank]]) -> None:
     address = thread._server.getsockname()
     for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guess", "member": {}}\n', b"[1]\n{}\n", b"\xff\xfe\n"):
         with socket.create_connection(address) as stranger:
-            stranger.sendall(said + b'{"failed": "nonsense", "witness": false}\n')
+            stranger.sendall(said + b'{"failed": "nonsense", "witness": false, "code": 1, "mends": true}\n')
             stranger.settimeout(0.2)
             with pytest.raises((TimeoutError, ConnectionError)):
                 stranger.recv(1)
@@ -297,5 +368,5 @@ def test_a_program_that_no_launcher_started_is_left_alone(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     threads = threading.active_count()
-    with watch.watching(Topology(world_size=2)):
+    with watch.watching(Topology(world_size=2), 1800.0):
         assert threading.active_count() == threads

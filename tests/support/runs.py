@@ -41,6 +41,8 @@ def sections_on(topology: str, model: Path, data: Path, output: Path, *, steps: 
             "tensor_parallel_size": sizes["tp"],
             "pipeline_parallel_size": sizes["pp"],
             "zero_stage": sizes["zero"],
+            "offload_optimizer": bool(sizes["offload"]),
+            "offload_param": bool(sizes["offload"]) and sizes["zero"] == 3,
         },
         "train": {
             "max_steps": steps,

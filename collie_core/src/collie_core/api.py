@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collie_core.config.evaluation import EvaluatorConfig
     from collie_core.config.parallel import ParallelConfig
     from collie_core.config.run import RunConfig
+    from collie_core.config.server import ServerConfig
     from collie_core.data.loader import Batch
     from collie_core.errors import CollieError, ConfigError, DataError, ModelError, PluginError, Problem, RunError
     from collie_core.evaluate.context import EvaluationContext, Outcome
@@ -44,14 +45,20 @@ if TYPE_CHECKING:
     from collie_core.model.virtual_tokens import put_virtual_tokens
     from collie_core.model.whole import Whole, whole_of
     from collie_core.plugins import hookimpl
+    from collie_core.serving.answerer import Answerer, Closed, Event, Job, QueueFull
+    from collie_core.serving.sampling import Likelihood, Sampling
+    from collie_core.serving.served import Live, Served
+    from collie_core.serving.standalone import model_folder, on_ranks, serve
     from collie_core.topology import Topology
 
 _HOME = {
     "Adapter": "hookspecs",
     "AdapterCan": "hookspecs",
     "AdapterConfig": "config.base",
+    "Answerer": "serving.answerer",
     "Batch": "data.loader",
     "Can": "hookspecs",
+    "Closed": "serving.answerer",
     "CollieError": "errors",
     "Component": "hookspecs",
     "ComponentConfig": "config.base",
@@ -64,7 +71,11 @@ _HOME = {
     "Evaluator": "hookspecs",
     "EvaluatorCan": "hookspecs",
     "EvaluatorConfig": "config.evaluation",
+    "Event": "serving.answerer",
     "FusedOptimizer": "hookspecs",
+    "Job": "serving.answerer",
+    "Likelihood": "serving.sampling",
+    "Live": "serving.served",
     "Metric": "hookspecs",
     "MetricCan": "hookspecs",
     "ModelError": "errors",
@@ -72,14 +83,18 @@ _HOME = {
     "OptimizerCan": "hookspecs",
     "OptimizerConfig": "config.base",
     "Outcome": "evaluate.context",
-    "ParamGroup": "config.base",
     "ParallelConfig": "config.parallel",
+    "ParamGroup": "config.base",
     "PluginError": "errors",
     "Problem": "errors",
+    "QueueFull": "serving.answerer",
     "Run": "hookspecs",
     "RunConfig": "config.run",
     "RunError": "errors",
+    "Sampling": "serving.sampling",
+    "Served": "serving.served",
     "Server": "hookspecs",
+    "ServerConfig": "config.server",
     "ShardedAdapter": "hookspecs",
     "Source": "model.family",
     "StockFamily": "model.family",
@@ -91,8 +106,11 @@ _HOME = {
     "hookimpl": "plugins",
     "is_stage": "model.stages",
     "load_for_generation": "generate",
+    "model_folder": "serving.standalone",
+    "on_ranks": "serving.standalone",
     "put_virtual_tokens": "model.virtual_tokens",
     "quiet_libraries": "cli._quiet",
+    "serve": "serving.standalone",
     "whole_of": "model.whole",
     "whole_of_part": "model.adapters",
     "with_adapters": "model.named_adapters",
@@ -102,8 +120,10 @@ __all__ = [
     "Adapter",
     "AdapterCan",
     "AdapterConfig",
+    "Answerer",
     "Batch",
     "Can",
+    "Closed",
     "CollieError",
     "Component",
     "ComponentConfig",
@@ -116,7 +136,11 @@ __all__ = [
     "Evaluator",
     "EvaluatorCan",
     "EvaluatorConfig",
+    "Event",
     "FusedOptimizer",
+    "Job",
+    "Likelihood",
+    "Live",
     "Metric",
     "MetricCan",
     "ModelError",
@@ -128,10 +152,14 @@ __all__ = [
     "ParamGroup",
     "PluginError",
     "Problem",
+    "QueueFull",
     "Run",
     "RunConfig",
     "RunError",
+    "Sampling",
+    "Served",
     "Server",
+    "ServerConfig",
     "ShardedAdapter",
     "Source",
     "StockFamily",
@@ -143,8 +171,11 @@ __all__ = [
     "hookimpl",
     "is_stage",
     "load_for_generation",
+    "model_folder",
+    "on_ranks",
     "put_virtual_tokens",
     "quiet_libraries",
+    "serve",
     "whole_of",
     "whole_of_part",
     "with_adapters",

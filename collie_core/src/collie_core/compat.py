@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _SHM_BUILDERS = ("deepspeed_shm_comm", "shm_comm")
 
@@ -42,3 +46,83 @@ def deepspeed_start(local_rank: int) -> Iterator[None]:
             del deepspeed.ops.__compatible_ops__
         else:
             deepspeed.ops.__compatible_ops__ = known
+
+
+@contextmanager
+def transformers_without_values(*, packing: bool) -> Iterator[None]:
+    """Make the attention masks of transformers (5) on fake tensors that it makes on real ones.
+
+    It takes fake tensors for those of a compiler and then builds a mask [B, 1, L, L] where a real run has none.
+
+    Args:
+        packing: whether rows hold several samples, which position ids without values do not say.
+
+    Raises:
+        RuntimeError: transformers no longer asks `masking_utils.is_tracing`.
+    """
+    masks = import_module("transformers.masking_utils")
+    find, traces = masks.find_packed_sequence_indices, masks.is_tracing
+    if "is_tracing" not in find.__code__.co_names:
+        raise RuntimeError("transformers changed find_packed_sequence_indices; collie_core.compat needs an update")
+    masks.is_tracing = lambda tensor=None: False
+    masks.find_packed_sequence_indices = lambda position_ids: position_ids if packing else None
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices, masks.is_tracing = find, traces
+
+
+@contextmanager
+def deepspeed_without_values() -> Iterator[None]:
+    """Let DeepSpeed (0.19) trust that other ranks hold the same numbers, which fake tensors do not have.
+
+    Raises:
+        RuntimeError: DeepSpeed no longer has `assert_ints_same_as_other_ranks` where it compares.
+    """
+    name = "assert_ints_same_as_other_ranks"
+    places = [
+        import_module(f"deepspeed.runtime.zero.{module}")
+        for module in ("stage3", "partition_parameters", "partitioned_param_coordinator")
+    ]
+    if not all(hasattr(place, name) for place in places):
+        raise RuntimeError(f"DeepSpeed no longer has {name}; collie_core.compat needs an update")
+    kept = [getattr(place, name) for place in places]
+    for place in places:
+        setattr(place, name, lambda ints: None)
+    try:
+        yield
+    finally:
+        for place, function in zip(places, kept, strict=True):
+            setattr(place, name, function)
+
+
+@contextmanager
+def modules_convert_fake_tensors() -> Iterator[None]:
+    """Let `Module.to` change fake parameters (torch 2.13) in place as it does real ones.
+
+    It would swap a fake parameter for another, which fails as soon as anything holds on to it.
+
+    Raises:
+        RuntimeError: torch no longer treats fake tensors in a way of their own there.
+    """
+    import torch
+    from torch import nn
+
+    apply = nn.Module._apply
+    if "FakeTensor" not in apply.__code__.co_cellvars:
+        raise RuntimeError("torch changed Module._apply; collie_core.compat needs an update")
+
+    def convert(self: nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+        for module in self.modules() if recurse else [self]:
+            for parameter in filter(None.__ne__, module._parameters.values()):
+                with torch.no_grad():
+                    parameter.data = function(parameter)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else function(buffer)
+        return self
+
+    nn.Module._apply = convert
+    try:
+        yield
+    finally:
+        nn.Module._apply = apply

@@ -5,7 +5,8 @@ CollieError
 ├── PluginError    an extension: distribution, version, kind, name, cause, how to block it
 ├── DataError      the data: file and line of the sample
 ├── ModelError     weights, tokenizer or architecture: the tensor or key by name
-└── RunError       the run itself: an output folder in use, a loss that is not a number
+└── RunError       the run itself: an output folder in use, a rank that is lost
+    └── NotANumber a loss or gradient that is none
 """
 
 from __future__ import annotations
@@ -74,3 +75,11 @@ class ModelError(CollieError):
 
 class RunError(CollieError):
     """The run cannot start or go on."""
+
+
+class NotANumber(RunError):
+    """Loss or gradients of a step are no numbers, or jump. `damaged`: the weights have been updated with them."""
+
+    def __init__(self, message: str, *, damaged: bool = False) -> None:
+        super().__init__(message)
+        self.damaged = damaged

@@ -14,6 +14,9 @@ from collie_core.model.stages import stage_cache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from collie_core.config.parallel import ParallelConfig
+    from collie_core.topology import Topology
+
 
 @torch.no_grad()
 def generate(
@@ -107,9 +110,16 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Se
 
 
 def load_for_generation(
-    folder: str, *, trust_remote_code: bool = False
+    folder: str,
+    *,
+    trust_remote_code: bool = False,
+    topology: Topology | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder or hub id, strictly loaded, in the precision of the device.
+
+    With a topology, and the section of the configuration that it was started by, this rank's part of the model;
+    collective.
 
     Raises:
         ModelError: the weights do not fit, or there is no tokenizer.
@@ -117,14 +127,20 @@ def load_for_generation(
     from collie_core.config.model import ModelConfig
     from collie_core.config.tokenizer import TokenizerConfig
     from collie_core.data.tokenizer import build_tokenizer
-    from collie_core.model.build import compute_dtype, load_pretrained
+    from collie_core.model.build import ALONE, compute_dtype, load_pretrained
+    from collie_core.model.stages import borrow_head, lend
     from collie_core.plugins import Plugins
 
     section = ModelConfig(model_name_or_path=folder, trust_remote_code=trust_remote_code)
     tokenizer = build_tokenizer(TokenizerConfig(), section)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_pretrained(section, Plugins.discover(), tokenizer, compute_dtype("auto", device))
-    return cast("PreTrainedModel", model.to(device)), tokenizer
+    topology = topology or ALONE
+    device = topology.device
+    dtype = compute_dtype("auto", device)
+    model = load_pretrained(section, Plugins.discover(), tokenizer, dtype, topology=topology, parallel=parallel)
+    borrow_head(model)
+    model = model.to(device)
+    lend(model)
+    return cast("PreTrainedModel", model), tokenizer
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collie_core.evaluate.context import EvaluationContext, Outcome
     from collie_core.generate import SampleText
     from collie_core.model.vocabulary_extension import VocabularyExtension
+    from collie_core.serving.served import Served
     from collie_core.topology import Topology
 
 API = 1
@@ -207,10 +208,19 @@ class Evaluator(Protocol):
 
 
 class Server(Protocol):
-    """Answers requests with a model."""
+    """Takes requests and hands them to models that others run; it never touches a model itself.
 
-    def serve(self, model: nn.Module, tokenizer: Any, config: Any, ready: Callable[[int], None]) -> None:
-        """Run until stopped; call `ready(port)` once requests are accepted."""
+    Its config is a `ServerConfig`, whose own fields the core reads.
+    """
+
+    def serve(self, served: Served, ready: Callable[[str], None]) -> None:
+        """Take requests until `stop`, in a thread of its own on the main rank; what it raises ends the server alone.
+
+        `served.model` answers. `ready` is called once, with where the server is: "http://127.0.0.1:8000".
+        """
+
+    def stop(self) -> None:
+        """Let `serve` return within a few seconds. From any thread; open answers have been ended before."""
 
 
 class TrackerFactory(Protocol):

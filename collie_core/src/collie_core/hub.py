@@ -1,7 +1,7 @@
 """Rank 0's side of `collie_core.watch`: a thread to which every rank holds one connection, and what goes over it.
 
-A message is a line of JSON. A rank says who it is, then nothing until it fails or has finished; the hub says who is
-welcome, and then nothing until it tells all ranks why the run ends.
+A message is a line of JSON. A rank says who it is, then nothing until it fails, hangs or has finished; the hub says who
+is welcome, and then nothing until it asks all ranks where they stand, or tells them why the run ends.
 """
 
 from __future__ import annotations
@@ -14,20 +14,27 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby, zip_longest
 from typing import Any, Protocol
 
 from collie_core.errors import RunError
+from collie_core.hang import Explanation, Status, explain
 
 SILENCE_S = 15.0  # without a sign of life from a machine
 ARRIVAL_S = 300.0  # from rank 0 to the last, and for rank 0 to be found
 WITNESS_S = 3.0  # a rank that only lost its partner waits so long for what happened to the partner
+ANSWER_S = 5.0  # for a rank to say where it stands
 FAREWELL_S = 10.0  # for those that come late, to hear that the run has ended
 _SEND_S = 2.0  # messages are small: they leave at once or never
 _LONGEST = 1 << 20  # bytes of a message
+
+
+class Fault(RunError):
+    """A rank, its machine or the network is lost: all may be well in another start."""
 
 
 class Store(Protocol):
@@ -38,6 +45,12 @@ class Store(Protocol):
 
     def get(self, key: str) -> bytes:
         """Waits until somebody has set it; RuntimeError when that takes too long."""
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        """Set it if it is as expected, which is "" where nobody has set it; the value from then on."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether somebody has set them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,8 @@ class Hub:
         self._arrived: set[int] = set()
         self._finished: set[int] = set()
         self._rumour: tuple[float, Member, str] | None = None  # until when to wait for a better explanation
+        self._roll: dict[int, Status] | None = None  # who has said where it stands, while they are asked
+        self._roll_until = self._limit_s = 0.0
         self._verdict: dict[str, Any] | None = None
         self._arrival_until = time.monotonic() + ARRIVAL_S
         self._farewell_until = 0.0
@@ -152,11 +167,17 @@ class Hub:
             self._compare_facts()
         elif "failed" in message:
             guest.parted = True
-            sentence = failed(guest.member, message["failed"])
+            sentence = message["failed"]
             if not message["witness"]:
-                self._decide(sentence, guest.member.rank, told_by=guest.member)
+                code, mends = message["code"], message["mends"]
+                self._decide(sentence, guest.member.rank, told_by=guest.member, code=code, mends=mends)
             elif self._rumour is None:
                 self._rumour = (time.monotonic() + WITNESS_S, guest.member, sentence)
+        elif "stuck" in message:
+            self._call_the_roll(message["stuck"])
+        elif "status" in message and self._roll is not None:
+            self._roll[guest.member.rank] = Status(**message["status"])
+            self._judge()
         elif "bye" in message:
             guest.parted = True
             self._finished.add(guest.member.rank)
@@ -189,11 +210,36 @@ class Hub:
         for member, facts in self._facts.items():
             for name, value in expected.items():
                 if facts.get(name) != value:
-                    self._decide(differing(member, name, facts.get(name, ""), value), member.rank)
+                    self._decide(differing(member, name, facts.get(name, ""), value), member.rank, mends=False)
         self._facts = {member: facts for member, facts in self._facts.items() if member.rank == 0}
+
+    def _call_the_roll(self, limit_s: float) -> None:
+        """Ask everybody where it stands."""
+        if self._roll is None and self._verdict is None:
+            self._roll, self._limit_s = {}, limit_s
+            self._roll_until = time.monotonic() + ANSWER_S
+            for guest in list(self._guests):
+                if guest.member is not None:
+                    self._tell(guest, {"report": True})
+
+    def _judge(self) -> None:
+        """Once all have answered, or had the time to."""
+        if self._roll is None:
+            return
+        asked = [guest.member for guest in self._guests if guest.member is not None and not guest.parted]
+        silent = [member.rank for member in asked if member.rank not in self._roll]
+        if silent and time.monotonic() < self._roll_until:
+            return
+        found: Explanation | None = explain(self._roll, silent, limit_s=self._limit_s, name=partial(members, asked))
+        self._roll = None
+        if found is not None:
+            self._decide(found.sentence, found.late[0], details=found.stacks)
+            for guest in [guest for guest in self._guests if guest.member and guest.member.rank in silent]:
+                self._drop(guest)  # nobody waits for it to know
 
     def _check_time(self) -> None:
         now = time.monotonic()
+        self._judge()
         if self._rumour is not None and now > self._rumour[0]:
             _, member, sentence = self._rumour
             self._decide(sentence, member.rank, told_by=member)
@@ -202,12 +248,25 @@ class Hub:
             late = f"{ranks(missing)} of {self.world_size} did not start within {ARRIVAL_S:.0f} s of rank 0"
             self._decide(f"{late}: the messages of their machines may say why", missing[0])
 
-    def _decide(self, sentence: str, rank: int, *, told_by: Member | None = None) -> None:
+    def _decide(
+        self,
+        sentence: str,
+        rank: int,
+        *,
+        details: str = "",
+        told_by: Member | None = None,
+        code: int = 1,
+        mends: bool = True,
+    ) -> None:
         """The first failure is the one that everybody hears of. One process speaks on each machine.
 
         Args:
+            sentence: why the run ends.
             rank: whose failure it is.
+            details: the stacks of ranks that hang.
             told_by: that rank, where it tells of it by itself.
+            code: with which all ranks exit.
+            mends: whether all may be well in another start.
         """
         if self._verdict is not None:
             return
@@ -219,6 +278,9 @@ class Hub:
         self._verdict = {
             "sentence": sentence,
             "rank": rank,
+            "details": details,
+            "code": code,
+            "mends": mends,
             "told_on": told_on,
             "speakers": sorted(speakers.values()),
         }
@@ -282,6 +344,16 @@ def silent_for_long(members: Iterable[Member]) -> str:
     return f"no sign of life from {who} for {SILENCE_S:.0f} s: the machine or its network is gone"
 
 
+def members(known: Iterable[Member], numbers: Sequence[int]) -> str:
+    """ "rank 1 of 2 on hostA", "ranks 0, 4-7 of 8"; "the process" where there is one."""
+    found = {member.rank: member for member in known}
+    if found[numbers[0]].world_size == 1:
+        return "the process"
+    if len(numbers) == 1:
+        return str(found[numbers[0]])
+    return f"{ranks(numbers)} of {found[numbers[0]].world_size}"
+
+
 def ranks(numbers: Iterable[int]) -> str:
     """ "rank 5", "ranks 0, 4-7"."""
     ordered = sorted(numbers)
@@ -299,14 +371,14 @@ def connect(member: Member, store: Store, key: str) -> tuple[Member, socket.sock
     """Rank 0, and a connection to its hub. What stands in the store may be of an attempt that has ended.
 
     Raises:
-        RunError: rank 0 did not come, or cannot be reached.
+        Fault: rank 0 did not come, or cannot be reached.
     """
     deadline = time.monotonic() + SILENCE_S
     while True:
         try:
             where = json.loads(store.get(key))
         except RuntimeError as error:
-            raise RunError(f"{member} waited {ARRIVAL_S:.0f} s for rank 0, which did not start: {error}") from error
+            raise Fault(f"{member} waited {ARRIVAL_S:.0f} s for rank 0, which did not start: {error}") from error
         try:
             connection = socket.create_connection((where["host"], where["port"]), timeout=SILENCE_S)
             notice_silence(connection)
@@ -317,7 +389,7 @@ def connect(member: Member, store: Store, key: str) -> tuple[Member, socket.sock
         except OSError:
             pass
         if time.monotonic() > deadline:
-            raise RunError(f"{member} cannot reach rank 0 at {where['host']}, port {where['port']}: it is gone")
+            raise Fault(f"{member} cannot reach rank 0 at {where['host']}, port {where['port']}: it is gone")
         time.sleep(0.5)
 
 

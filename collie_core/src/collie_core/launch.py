@@ -1,4 +1,4 @@
-"""Processes of a run: started here on one machine, or found as torchrun or srun have started them."""
+"""Processes of a run: found as torchrun or srun have started them, or to be started; see `collie_core.starter`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,38 @@ import signal
 import subprocess
 import sys
 import traceback
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
+from collie_core.checkpoint import files
+from collie_core.checkpoint.signals import Leave
 from collie_core.errors import CollieError, RunError
+from collie_core.hub import Fault
+from collie_core.report.rundir import CHECKPOINTS, is_unfinished
+from collie_core.watch import OURS, Watch, end_process, is_launched, is_witness, leave_reason, reason_of
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-
     from collie_core.config.parallel import ParallelConfig
-    from collie_core.watch import Watch
-
-OURS = "COLLIE_LAUNCHED"  # set for the processes that `start` starts
+    from collie_core.config.run import RunConfig
 
 
-def processes_to_start(asked: int | None, parallel: ParallelConfig | None = None) -> int:
-    """How many processes this one should start: 1 means none, go on as you are.
+def processes_to_start(asked: int | None, parallel: ParallelConfig | None = None, *, restarts: int = 0) -> int:
+    """How many processes this one should start: 1 means none, go on as you are, unless there are to be restarts.
 
     Under torchrun and srun the processes are there already. Otherwise as many as `asked`, by default one per GPU, and
     without GPUs as few as `parallel` needs.
 
     Raises:
-        RunError: `asked` for processes where a launcher has started them.
+        RunError: `asked` for processes or `restarts` where a launcher has started them.
     """
     _adopt_slurm()
     if "RANK" in os.environ:
         if asked is not None and OURS not in os.environ:
             raise RunError(f"--nproc {asked}: a launcher has started the processes already; leave --nproc out")
+        if restarts and OURS not in os.environ:
+            raise RunError(f"--max-restarts {restarts}: a launcher has started the processes; tell it to restart them")
         return 1
     if asked is not None:
         if asked < 1:
@@ -44,44 +47,6 @@ def processes_to_start(asked: int | None, parallel: ParallelConfig | None = None
     import torch
 
     return torch.cuda.device_count() or (1 if parallel is None else parallel.fewest_processes)
-
-
-def start(processes: int, arguments: Sequence[str]) -> int:
-    """Run `collie` with these arguments in so many processes of this machine, and wait for all of them.
-
-    The first that fails ends the others at once.
-
-    Raises:
-        RunError: one failed; with its rank and the reason it gave.
-    """
-    import logging
-
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the reason is told below, once
-    os.environ[OURS] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=f"collie-{uuid.uuid4().hex[:8]}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        shutdown_timeout=5,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "collie_core.cli", *arguments)
-    except ChildFailedError as error:
-        raise RunError(_first_reason(error, processes)) from None
-    except SignalException as error:  # the ranks got the signal too, and some seconds to save and leave
-        return 128 + int(error.sigval)
-    finally:
-        del os.environ[OURS]
-    return 0
 
 
 Agree = Callable[[Mapping[str, str]], None]
@@ -95,72 +60,76 @@ def _trust(_: Mapping[str, str]) -> None:
 def reported_to_launcher() -> Iterator[Agree]:
     """Inside a launched process: the failure of one rank ends them all and is told once. Else this does nothing.
 
-    Processes that `start` started leave the reason where it looks. Under torchrun and srun the ranks watch over each
-    other, before there is a process group too, and one on each machine speaks; see `collie_core.watch`. What it gives
-    ends the run where a fact is not the same on all ranks.
+    What it gives lets the ranks watch over each other, before there is a process group too, and ends the run where a
+    fact is not the same on all of them; see `collie_core.watch`. Where the processes have been started by `start` the
+    reason is left for it, and elsewhere one process on each machine speaks.
     """
     _adopt_slurm()
     if "RANK" not in os.environ:
         yield _trust
         return
-    from collie_core import watch as watching
-
     if OURS in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is a launcher that stays
         _die_with_parent()
-    watch = None
+    ranks = _Ranks()
     try:
-        if OURS not in os.environ and watching.is_launched():
-            watch = watching.Watch.join(watching.end_process)
-        yield _trust if watch is None else watch.agree
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (told, and the process ended)
-        _fail(error, watch)
-    if watch is not None:
-        watch.leave()
+        yield ranks.agree
+    except (Exception, KeyboardInterrupt, Leave) as error:  # noqa: BLE001  (told, and the process ended)
+        _fail(error, ranks)
+    if ranks.watch is not None:
+        ranks.watch.leave()
 
 
-def _fail(error: Exception | KeyboardInterrupt, watch: Watch | None) -> NoReturn:
+class _Ranks:
+    """The watch of a launched process, from the first time that it agrees with the others."""
+
+    def __init__(self) -> None:
+        self.watch: Watch | None = None
+        self._asked = False
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """See `reported_to_launcher`."""
+        first, self._asked = not self._asked, True
+        if first and (OURS in os.environ or is_launched()):
+            self.watch = Watch.join(end_process)
+        if self.watch is not None and facts:
+            self.watch.agree(facts)
+
+
+def _fail(error: BaseException, ranks: _Ranks) -> NoReturn:
     """End this process with the reason. Not through exit handlers: some wait for the other ranks."""
-    from collie_core.watch import end_process, is_witness, leave_reason, reason_of
-
-    sentence, stack = reason_of(error), "" if isinstance(error, CollieError) else traceback.format_exc().rstrip()
-    if watch is not None:
-        ending = watch.fail(sentence, witness=is_witness(error))
+    leaves = isinstance(error, Leave)
+    reason = told = str(error) if leaves else reason_of(error)
+    stack = "" if leaves or isinstance(error, CollieError) else traceback.format_exc().rstrip()
+    code = 0 if leaves else 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    mends = isinstance(error, Fault) if isinstance(error, CollieError) else code == 1
+    ours = OURS in os.environ  # then the launcher speaks, and knows the rank
+    if not (ours and leaves):  # there the launcher has passed the signal on
+        with suppress(Exception):  # where the others are not found, this one speaks for itself
+            ranks.agree({})
+    if (watch := ranks.watch) is not None:
+        ending = watch.fail(reason, witness=is_witness(error), code=code, mends=mends)
         if ending.rank != watch.member.rank:
             end_process(watch, ending)
-        sentence = ending.sentence
-    leave_reason(sentence, details=stack)
-    if OURS not in os.environ:  # there the launcher speaks
-        shown = os.environ.get("COLLIE_TRACEBACK", "0") not in ("", "0")
-        print(f"{traceback.format_exc() if shown else stack}\n{sentence}".lstrip(), file=sys.stderr, flush=True)
+        told = ending.sentence
+    leave_reason(reason if ours else told, details=stack, mends=mends)
+    if not ours or (leaves and (watch is not None or os.environ["RANK"] == "0")):
+        shown = not leaves and os.environ.get("COLLIE_TRACEBACK", "0") not in ("", "0")
+        print(f"{traceback.format_exc() if shown else stack}\n{told}".lstrip(), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
+    os._exit(code)
 
 
-def _first_reason(error: ChildFailedError, processes: int) -> str:
-    """The rank that failed first, and why. Those that the launcher itself ended come last."""
-    rank, failure = min(error.failures.items(), key=lambda item: _when(item[1]))
-    where = f"rank {rank} of {processes}"
-    written = _written(failure)
-    if written is None:
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
-            return f"{where} was ended by {name}{hint}"
-        return f"{where} ended with exit code {failure.exitcode} and gave no reason"
-    return f"{where} failed: {written['extraInfo']['py_callstack'].rstrip()}"
+def restart_overrides(config: RunConfig) -> list[str]:
+    """What a launched process changes of its configuration when all have been started again, by us or by torchrun.
 
-
-def _written(failure: ProcessFailure) -> dict[str, Any] | None:
-    message = failure.error_file_data.get("message") if failure.error_file_data else None
-    return message if isinstance(message, dict) else None
-
-
-def _when(failure: ProcessFailure) -> tuple[bool, float]:
-    """Ended by the launcher's own SIGTERM, and when."""
-    written = _written(failure)
-    ended_by_us = written is None and failure.exitcode == -signal.SIGTERM
-    at = written["extraInfo"].get("time", failure.timestamp) if written else failure.timestamp
-    return ended_by_us, float(at)
+    The run goes on from its own newest checkpoint; as long as it has none it begins again as it began.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or config.checkpoint.save_steps is None:
+        return []
+    output_dir = Path(config.train.output_dir)
+    if config.checkpoint.resume_from_checkpoint is None or files.checkpoints_in(output_dir / CHECKPOINTS):
+        return ["checkpoint.resume_from_checkpoint=auto"]
+    return ["train.overwrite_output_dir=true"] if is_unfinished(output_dir) else []
 
 
 def _die_with_parent() -> None:

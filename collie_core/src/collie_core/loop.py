@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,17 +16,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from collie_core.best import BestModel
+from collie_core.checkpoint.files import MODEL
 from collie_core.checkpoint.run import Checkpoints, Follower
-from collie_core.checkpoint.signals import listening
+from collie_core.checkpoint.signals import Asked, attending
 from collie_core.engine.step import LossFn, TrainFn, token_mean_loss
 from collie_core.errors import RunError
 from collie_core.evaluate.run import Evaluated, run_evaluators
 from collie_core.evaluate.scoring import evaluating
+from collie_core.export import put_trained, write_trained
 from collie_core.generate import SampleText, sample_texts
+from collie_core.guard import Guard
+from collie_core.hang import Progress
 from collie_core.hookspecs import Run
-from collie_core.model.adapters import whole_of_part, whole_state
-from collie_core.model.build import describe_adapter
-from collie_core.model.export import save_pretrained, write_folder
+from collie_core.model.export import write_folder
 from collie_core.parts import EvalFn, HandedIn, Parts
 from collie_core.plugins import check_agreement
 from collie_core.report import (
@@ -35,6 +39,8 @@ from collie_core.report import (
     standard_observers,
 )
 from collie_core.report.meter import Meter
+from collie_core.serving.beside import ServerBeside
+from collie_core.storage import is_url
 from collie_core.watch import watching
 
 if TYPE_CHECKING:
@@ -86,9 +92,10 @@ class Trainer:
         if observers is None:
             observers = standard_observers(config, self.topology)
         adapter = [] if config.adapter is None else config.registry.hooked("adapter", config.adapter.type)
+        self.server = ServerBeside(self.parts)
         # The last one is called first: whatever looks at gradients finds them as the adapter wants them.
-        self.hooks = config.registry.hook_manager([*callbacks, *observers, *adapter]).hook
-        self.checkpoints = Checkpoints(self.parts, self._write)
+        self.hooks = config.registry.hook_manager([*callbacks, *observers, *self.server.hooks, *adapter]).hook
+        self.checkpoints = Checkpoints(self.parts)
         self.results: dict[str, float] = {}  # the last logged numbers and evaluation results
         self.details: dict[str, str] = {}  # texts that belong to the last evaluation, such as signatures of scores
 
@@ -108,24 +115,30 @@ class Trainer:
         Raises:
             CollieError: a part of the run cannot be built, or the gradients are no longer numbers.
         """
-        listens = listening(self.config.checkpoint.save_steps is not None)
-        with watching(self.topology), self._random_state(), self._recorded() as run, listens as asked:
+        watch = watching(self.topology, self.config.parallel.timeout_s)
+        with watch as progress, self.server, self._random_state(), self._recorded(progress) as (run, asked):
             evaluation, checkpoints = self.config.evaluation, self.checkpoints
             best, meter = BestModel(evaluation.best, run, self._export), Meter(self.topology)
-            followers: dict[str, Follower] = {"best": best, "meter": meter}
+            step = self.parts.step
+            guard = Guard(self.config.train, run, step, checkpoints)
+            followers: dict[str, Follower] = {"best": best, "meter": meter, "guard": guard}
             for name, state in checkpoints.restored.get("followers", {}).items():
                 followers[name].restore(state)
             self.hooks.collie_run_start(run=run)
-            if evaluation.on_start and run.step == 0:
-                best.evaluated(self.evaluate())
-            step = self.parts.step
+            if (evaluation.on_start and run.step == 0) or checkpoints.owes_evaluation:
+                checkpoints.evaluate(lambda: best.evaluated(self.evaluate()))
+                checkpoints.settle(run, asked, followers, self.results)
+            nothing = torch.tensor(math.nan, device=self.topology.device)
             step.model.train()  # loaded models come in evaluation mode: no dropout, no gradient checkpointing
-            for batch in self.parts.loader(checkpoints.position):
+            for batch in () if checkpoints.leaving else self.parts.loader(checkpoints.position):
                 torch.manual_seed(self._seed(run.step))
                 self.hooks.collie_before_step(run=run, batch=batch)
-                loss = step.forward_backward(batch, self._target_tokens(batch))
-                self.hooks.collie_before_update(run=run)
-                learning_rate, grad_norm = step.learning_rate, step.update()
+                learning_rate, loss, grad_norm = step.learning_rate, nothing, math.nan
+                with guard.watching():  # a step that is left out ends here, and has no numbers
+                    loss = step.forward_backward(batch, self._target_tokens(batch))
+                    guard.look_at(loss)
+                    self.hooks.collie_before_update(run=run)
+                    grad_norm = step.update()
                 before, run.step, run.epoch = run.epoch, run.step + 1, batch.epoch
                 meter.add(loss, batch.tokens)
                 self.hooks.collie_after_step(run=run, loss=loss)
@@ -134,15 +147,18 @@ class Trainer:
                 if due or run.step % self.config.train.logging_steps == 0:
                     self._log(meter.read() | {"learning_rate": learning_rate, "grad_norm": grad_norm})
                 if due:
-                    best.evaluated(self.evaluate())
+                    checkpoints.evaluate(lambda: best.evaluated(self.evaluate()))
                     meter.restart()
-                if checkpoints.due(run, batch, asked, last=last or bool(run.stop_reason)):
+                if checkpoints.due(run, batch, asked, last=last):
                     with meter.paused():
-                        self._saved(checkpoints.save(run, followers, self.results) / "model")
+                        checkpoints.save(run, followers, self.results)
+                    checkpoints.heed(run, asked)
+                self._announce_checkpoints()
                 if run.stop_reason or last:
                     break
             if not checkpoints.leaving:
-                self.save_model(run.output_dir / "model")
+                checkpoints.publish(self._export(run.output_dir / MODEL))
+            checkpoints.close()
         return dict(self.results)
 
     def evaluate(self) -> dict[str, float]:
@@ -159,15 +175,23 @@ class Trainer:
         self.results |= results
         return results
 
-    def save_model(self, path: str | Path) -> Path:
-        """Export to the transformers format, or an adapter alone to the peft format: whole or not at all."""
-        return self._export(Path(path))
+    def save_model(self, path: str | Path) -> str | Path:
+        """Export to the transformers format, or an adapter alone to the peft format: whole or not at all.
+
+        `path` is a folder, or the URL of one in a store. Collective.
+        """
+        if not is_url(path):
+            return self._export(Path(path))
+        with TemporaryDirectory() as scratch:
+            folder = self._export(Path(scratch) / MODEL)
+            self.topology.on_main(lambda: put_trained(folder, str(path)), failing="the model cannot be stored")
+        return path
 
     # -- how ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _recorded(self) -> Iterator[Run]:
-        """The run with its directory and facts; its end is told to the hooks whatever happens."""
+    def _recorded(self, progress: Progress) -> Iterator[tuple[Run, Asked]]:
+        """The run with its directory and facts, and what it is asked; its end is told to the hooks whatever happens."""
         if self.parts.training:
             raise RunError("this Trainer has trained already; make a new one for another run")
         checkpoints = self.checkpoints
@@ -176,6 +200,7 @@ class Trainer:
             refuse_used_directory(self.config, may_replace=checkpoints.may_replace)
         self.topology.require_same(run_identity(self.config))
         self.parts.build()  # before anything is written: what is wrong with a part leaves no directory behind
+        self.server.start()
         run, registry = self.run, self.config.registry
         run.max_steps = self.parts.max_steps
         run.facts.update(run_facts(self.parts))
@@ -187,11 +212,15 @@ class Trainer:
             prepare_run_directory(self.config, registry.used(), may_replace=replace, continues=goes_on)
         error: BaseException | None = None
         try:
-            yield run
+            with attending(run, progress, saves=checkpoints.are_saved) as asked:
+                self.parts.before_turn = asked.before_turn
+                yield run, asked
         except BaseException as caught:
             error = caught
             raise
         finally:
+            checkpoints.saver.wait()
+            self._announce_checkpoints()
             self.hooks.collie_run_end(run=run, error=error)
 
     def _random_state(self) -> AbstractContextManager[None]:
@@ -234,41 +263,21 @@ class Trainer:
         """`save_model`; the main rank lets `add` put more into the same folder."""
 
         def write(folder: Path) -> None:
-            self._write(folder)
+            write_trained(self.parts, folder)
             if self.topology.is_main:
                 add(folder)
 
         write_folder(path, write, self.topology)
         return self._saved(path)
 
+    def _announce_checkpoints(self) -> None:
+        for path in self.checkpoints.finished():
+            self._saved(path / MODEL)
+
     def _saved(self, path: Path) -> Path:
         if self.topology.is_main:
             self.hooks.collie_checkpoint_saved(run=self.run, path=path)
         return path
-
-    def _write(self, folder: Path) -> None:
-        (self._write_model if self.config.adapter is None else self._write_adapter)(folder)
-
-    def _write_model(self, folder: Path) -> None:
-        model = cast("PreTrainedModel", self.model)
-        save_pretrained(
-            folder,
-            model,
-            self.parts.tokenizer,
-            dtype=self.parts.dtype,
-            topology=self.topology,
-            gathered=self.parts.gathered,
-        )
-
-    def _write_adapter(self, folder: Path) -> None:
-        adapter = self.config.adapter
-        assert adapter is not None
-        state = whole_state(self.model, self.parts.gathered)
-        if self.topology.is_main:
-            self.config.registry.load("adapter", adapter.type).save(whole_of_part(self.model), folder, state)
-            base = str(self.config.model.model_name_or_path or "")
-            describe_adapter(folder, adapter.type, base, self.parts.vocabulary, adapter.name or "")
-            self.parts.tokenizer.save_pretrained(folder)
 
 
 def _is_due(evaluation: EvaluationConfig, run: Run, before: float) -> bool:

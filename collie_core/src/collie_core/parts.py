@@ -16,12 +16,13 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from collie_core import storage
 from collie_core.config.rules import require_fusable, require_parts
 from collie_core.data.dataset import TokenizedDataset, prepare_dataset
 from collie_core.data.formats import chat_template
 from collie_core.data.loader import Batch, Loader, check_packing, eval_batches
 from collie_core.data.sources import Row, Source, handed_rows
-from collie_core.data.tokenizer import build_tokenizer, padding_id
+from collie_core.data.tokenizer import TokenizerFiles, build_tokenizer, padding_id
 from collie_core.engine.curvature import drawn_labels
 from collie_core.engine.step import Curvature, LossFn, Step, TorchStep, TrainFn, autocast, token_mean_loss
 from collie_core.errors import MISSING, ConfigError, ModelError, PluginError, Problem
@@ -90,6 +91,7 @@ class Parts:
         self.device = self.topology.device
         self.dtype = compute_dtype(config.model.dtype, self.device)
         self._eval_sets: dict[tuple[str, bool], TokenizedDataset] = {}
+        self.before_turn: Callable[[], None] = lambda: None  # called before each batch of an evaluation
         self.will_train = False  # so that an engine will gather what is taken apart
 
     def build(self) -> None:
@@ -123,6 +125,11 @@ class Parts:
         return extend_vocabulary(tokenizer, section.resize_vocabulary, rows_of_files(section, self.registry))
 
     @cached_property
+    def tokenizer_files(self) -> TokenizerFiles:
+        """The tokenizer as it is exported."""
+        return TokenizerFiles(self.tokenizer)
+
+    @cached_property
     def model(self) -> nn.Module:
         """The model on its device, with its weights and adapter; in float32, computing under autocast."""
         model = self._new_model() if self.given.model is None else self.given.model
@@ -137,8 +144,19 @@ class Parts:
     def _new_model(self) -> nn.Module:
         section = self.config.model
         torch.manual_seed(self.config.train.seed)
-        model: Any = load_pretrained(
-            section,
+        model: Any = self._stock_model()
+        borrow_head(model)
+        check_length(model.config, self.config.data.max_length)
+        if section.quantization is not None:
+            quantize(model, section.quantization, self.device, self.dtype)
+        if section.gradient_checkpointing == "full":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return cast(nn.Module, model)
+
+    def _stock_model(self) -> nn.Module:
+        """What this rank holds of the model, with its weights, before anything is put on it."""
+        return load_pretrained(
+            self.config.model,
             self.registry,
             self.tokenizer,
             self._weights_dtype(),
@@ -147,13 +165,6 @@ class Parts:
             parallel=self.config.parallel,
             store=self._store(),
         )
-        borrow_head(model)
-        check_length(model.config, self.config.data.max_length)
-        if section.quantization is not None:
-            quantize(model, section.quantization, self.device, self.dtype)
-        if section.gradient_checkpointing == "full":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return cast(nn.Module, model)
 
     def _adapted(self, model: nn.Module, section: AdapterConfig) -> nn.Module:
         """The model with a new adapter on it, or with the one to go on from.
@@ -168,7 +179,7 @@ class Parts:
                 "adapter.adapter_name_or_path, with its base in model.model_name_or_path"
             )
         if section.adapter_name_or_path is not None:
-            folder = Path(section.adapter_name_or_path)
+            folder = Path(storage.local_folder(section.adapter_name_or_path))
             found = plugin_of(base_of_adapter(folder), self.registry)
             if self.registry.find("adapter", found) != self.registry.find("adapter", section.type):
                 raise ModelError(f"the adapter in {folder} is of another type; set adapter.type to {found}")
@@ -338,7 +349,9 @@ class Parts:
             rank=self.topology.dp.rank,
             size=self.topology.dp.size,
         )
-        return (batch.to(self.device) for batch in batches)
+        for batch in batches:
+            self.before_turn()
+            yield batch.to(self.device)
 
     # -- engine ------------------------------------------------------------------------------------------------
 

@@ -613,11 +613,13 @@ def _bare_config(entry: Entry) -> type[ComponentConfig]:
 
     from collie_core.config.base import AdapterConfig, ComponentConfig, OptimizerConfig
     from collie_core.config.evaluation import EvaluatorConfig
+    from collie_core.config.server import ServerConfig
 
     bases: dict[str, type[ComponentConfig]] = {
         "optimizer": OptimizerConfig,
         "adapter": AdapterConfig,
         "evaluator": EvaluatorConfig,
+        "server": ServerConfig,
     }
     base = bases.get(entry.kind, ComponentConfig)
     tag: Any = Literal[entry.name]

@@ -6,7 +6,7 @@ Only `Topology.start` touches `torch.distributed`; everything else asks the valu
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,15 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from collie_core.errors import RunError
+from collie_core.errors import CollieError, RunError
 from collie_core.hub import first_unlike_lines
+from collie_core.watch import limit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.distributed import ProcessGroup
 
     from collie_core.config.parallel import ParallelConfig
+
+
+WATCHED_S = 60.0  # that collectives wait longer than the watch, which says more
 
 
 @dataclass(frozen=True)
@@ -70,20 +75,30 @@ class Topology:
         sizes = _axis_sizes(parallel, world_size)
         if world_size == 1:
             return cls()
+        timeout = timedelta(seconds=parallel.timeout_s + WATCHED_S)
         if not dist.is_initialized():
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             if torch.cuda.is_available():
                 torch.cuda.set_device(local_rank)
-            dist.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout_s))
+            limit(parallel.timeout_s)
+            dist.init_process_group(backend, timeout=timeout)
         grid = np.arange(world_size).reshape(sizes)  # [pp, dp, tp]
-        pp, dp, tp = (_axis(np.moveaxis(grid, dim, -1).reshape(-1, sizes[dim]), rank) for dim in range(3))
-        model = _axis(np.moveaxis(grid, 1, 0).reshape(sizes[1], -1), rank)
+        pp, dp, tp = (_axis(np.moveaxis(grid, dim, -1).reshape(-1, sizes[dim]), rank, timeout) for dim in range(3))
+        model = _axis(np.moveaxis(grid, 1, 0).reshape(sizes[1], -1), rank, timeout)
         return cls(dp, tp, pp, model, world_size, rank, local_rank)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the person."""
         return self.rank == 0
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """All groups of this process, that of all ranks first."""
+        if self.world_size == 1 or not dist.is_initialized():
+            return []
+        axes = (axis.group for axis in (self.dp, self.tp, self.pp, self.model))
+        return list(dict.fromkeys(group for group in (dist.group.WORLD, *axes) if group is not None))
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +122,32 @@ class Topology:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def on_main(
+        self, action: Callable[[], object], *, failing: str, others: Callable[[], object] | None = None
+    ) -> None:
+        """Do something on the main rank, and `others` elsewhere meanwhile. Collective.
+
+        Args:
+            action: may raise a `CollieError`, or fail to read or write a file.
+            failing: what is the matter when it cannot read or write, as in "the model cannot be written".
+            others: takes part in the collectives of `action`.
+
+        Raises:
+            CollieError: the main rank has failed; on every rank.
+        """
+        failure: CollieError | None = None
+        if self.is_main:
+            try:
+                action()
+            except CollieError as error:
+                failure = error
+            except (OSError, SafetensorError) as error:
+                failure = RunError(f"{failing}: {error}")
+        elif others is not None:
+            others()
+        if (found := self.gather_objects(failure)[0]) is not None:
+            raise failure or found
 
     def require_same(self, facts: Mapping[str, str]) -> None:
         """Stop on every rank when a fact differs between them. Collective.
@@ -145,11 +186,11 @@ def _axis_sizes(parallel: ParallelConfig, world_size: int) -> tuple[int, int, in
     return pp, copies, tp
 
 
-def _axis(rows: NDArray[np.int64], rank: int) -> Axis:
+def _axis(rows: NDArray[np.int64], rank: int, timeout: timedelta) -> Axis:
     """The axis whose ranks are the row with `rank`. Collective: every rank makes every group."""
     mine = Axis()
     for row in rows.tolist():
-        group = dist.group.WORLD if len(row) == rows.size else dist.new_group(row) if len(row) > 1 else None
+        group = dist.group.WORLD if len(row) == rows.size else dist.new_group(row, timeout) if len(row) > 1 else None
         if rank in row:
             mine = Axis(len(row), row.index(rank), group, tuple(row))
     return mine

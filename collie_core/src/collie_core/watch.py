@@ -3,11 +3,12 @@
 Every rank holds one connection to a thread of rank 0 (`collie_core.hub`), over which nothing travels until there is
 something to say: the kernels at both ends notice by themselves when a process ends (at once) and when a machine or
 its network is gone (after `SILENCE_S`). That costs no time in training, and a process that is busy, stopped or hung
-is not mistaken for a lost one: `parallel.timeout_s` is for those.
+is not mistaken for a lost one. Those are found by `collie_core.hang` after `parallel.timeout_s`: then every rank is
+asked over its connection where it stands.
 
-`collie train` watches in every process that torchrun or srun has started, from its first import on. In a program of
-one's own the `Trainer` does it while it trains, but only in a process that a launcher has started (RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT are set): there, what one rank raises ends the others after `GRACE_S`.
+`collie train` watches in every process that it, torchrun or srun has started, as soon as it has read its file. In a
+program of one's own the `Trainer` does it while it trains, but only in a process that a launcher has started (RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set): there, what one rank raises ends the others after `GRACE_S`.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from collie_core.errors import CollieError, RunError
+from collie_core.errors import CollieError
+from collie_core.hang import Monitor, Progress, as_message, explain
 from collie_core.hub import (
+    ANSWER_S,
     ARRIVAL_S,
     FAREWELL_S,
     WITNESS_S,
+    Fault,
     Hub,
     Member,
     Store,
     connect,
     failed,
     gone,
+    members,
     messages,
     send,
     silent_for_long,
@@ -43,6 +49,8 @@ from collie_core.hub import (
 if TYPE_CHECKING:
     from collie_core.topology import Topology
 
+OURS = "COLLIE_LAUNCHED"  # set for the processes that `collie_core.launch.start` starts
+STORE_FD = "COLLIE_STORE_FD"  # of a socket that listens at MASTER_PORT, for rank 0 to take over
 GRACE_S = 5.0  # for a program whose ranks all raise, until those that do not are ended
 _QUIET_S = 6.0  # for another process of this machine to speak, before the launcher hears of the end
 _LONGEST = 50_000  # characters of a reason
@@ -54,6 +62,9 @@ class Ending:
 
     sentence: str  # one line, or several where an error for people has several
     rank: int  # whose failure it is
+    details: str = ""  # the stacks of ranks that hang
+    code: int = 1  # with which all ranks exit
+    mends: bool = True  # whether all may be well in another start
     speaks: bool = False  # whether this process is the one to tell the people at its machine
     beside: bool = False  # whether the one that fails runs here too, and can tell by itself
 
@@ -68,7 +79,7 @@ class Watch:
         master: a host on the way to which rank 0 listens.
 
     Raises:
-        RunError: rank 0 cannot be found.
+        Fault: rank 0 cannot be found.
     """
 
     def __init__(
@@ -82,6 +93,11 @@ class Watch:
         self._ended = threading.Event()
         self._here = True  # not failing by itself
         self._left = False
+        self._sending = threading.Lock()
+        self._heard = threading.Event()
+        self.progress = Progress()
+        self._monitor: Monitor | None = None
+        self.key = key
         self._hub = Hub.open(member, store, key, master) if member.rank == 0 else None
         self._rank_0, self._connection = connect(member, store, key)
         threading.Thread(target=self._listen, name="collie-watch", daemon=True).start()
@@ -100,23 +116,44 @@ class Watch:
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """What must be the same on all ranks. Where it is not, the run ends: this returns at once."""
-        with suppress(OSError):
-            send(self._connection, {"facts": dict(facts)})
+        self._send({"facts": dict(facts)})
 
-    def fail(self, reason: str, *, witness: bool = False) -> Ending:
+    def limit(self, seconds: float) -> None:
+        """From now on the thread that calls this must not stand still for longer in a run, or wait for other ranks."""
+        self.progress.thread = threading.get_ident()
+        if self._monitor is not None:
+            self._monitor.stop()
+        self._monitor = Monitor(self.progress, seconds, self._stuck)
+
+    def first_says(self, question: str, answer: str) -> str:
+        """What the rank that comes first answers to a question, on all ranks."""
+        return self._store.compare_set(f"{self.key}/{question}", "", answer).decode()
+
+    def tell(self, name: str) -> None:
+        """Something that `is_told` knows of from then on, on all ranks."""
+        self._store.set(f"{self.key}/{name}", "1")
+
+    def is_told(self, name: str) -> bool:
+        """Whether any rank has told it."""
+        return self._store.check([f"{self.key}/{name}"])
+
+    def fail(self, reason: str, *, witness: bool = False, code: int = 1, mends: bool = True) -> Ending:
         """Tell all ranks that this one fails, and end the watch; returns what they are told.
 
         Args:
             reason: as people should read it.
             witness: it fails because others no longer answer, so that what happened to them explains more.
+            code: with which all ranks exit; 0: this one does not fail, but leaves.
+            mends: whether all may be well in another start.
         """
         with self._lock:
             self._here = False
+        sentence = reason if code == 0 else failed(self.member, reason)
         if not self._ended.is_set():
-            with suppress(OSError):
-                send(self._connection, {"failed": reason[:_LONGEST], "witness": witness})
+            message = {"failed": sentence[:_LONGEST], "witness": witness, "code": code, "mends": mends}
+            if self._send(message):
                 self._ended.wait(WITNESS_S + GRACE_S)
-        own = Ending(failed(self.member, reason), self.member.rank)
+        own = Ending(sentence, self.member.rank, code=code, mends=mends)
         ending = self._ending or own
         self._close()
         return own if ending.rank == self.member.rank else ending
@@ -125,8 +162,7 @@ class Watch:
         """The work is done. Rank 0 waits here until that is so for all."""
         with self._lock:
             self._here = False
-        with suppress(OSError):
-            send(self._connection, {"bye": True})
+        self._send({"bye": True})
         self._close()
 
     @property
@@ -149,16 +185,29 @@ class Watch:
         message: Mapping[str, Any] = {}
         sentence = gone(self._rank_0)
         try:
-            message = next(messages(self._connection), {})
+            message = next(self._verdicts(), {})
         except OSError as error:
             if not isinstance(error, ConnectionError):
                 sentence = silent_for_long([self._rank_0])
-        ending = Ending(sentence, 0, speaks=self.member.local_rank == int(self._rank_0.node == self.member.node))
+        ending = Ending(sentence, 0, speaks=self._speaks_of_rank_0)
         if message:
             speaks, beside = self.member.rank in message["speakers"], self.member.node == message["told_on"]
-            ending = Ending(message["sentence"], message["rank"], speaks, beside)
+            facts = {name: message[name] for name in ("sentence", "rank", "details", "code", "mends")}
+            ending = Ending(**facts, speaks=speaks, beside=beside)
+        self._end(ending)
+
+    def _verdicts(self) -> Iterator[Mapping[str, Any]]:
+        """What is told of the end; questions in between are answered."""
+        for message in messages(self._connection):
+            self._heard.set()
+            if "report" not in message:
+                yield message
+            elif self._monitor is not None:
+                self._send({"status": as_message(self._monitor.status())})
+
+    def _end(self, ending: Ending) -> None:
         with self._lock:
-            if self._left:
+            if self._left or self._ending is not None:
                 return  # it was this process that ended the connection
             self._ending = ending
             self._ended.set()
@@ -167,12 +216,38 @@ class Watch:
             _shut(self._connection)  # so that rank 0 knows that we know
             self._on_end(self, ending)
 
+    @property
+    def _speaks_of_rank_0(self) -> bool:
+        """Whether this process tells the people at its machine what happened to rank 0, which tells nobody."""
+        return self.member.local_rank == int(self._rank_0.node == self.member.node)
+
+    def _stuck(self) -> None:
+        """Let rank 0 ask everybody; if it does not, it is rank 0 that hangs."""
+        assert self._monitor is not None
+        self._heard.clear()
+        self._send({"stuck": self._monitor.limit_s})
+        if self._heard.wait(2 * ANSWER_S):
+            return
+        own = {self.member.rank: self._monitor.status()}
+        found = explain(own, [0], limit_s=self._monitor.limit_s, name=partial(members, [self._rank_0, self.member]))
+        if found is not None:
+            self._end(Ending(found.sentence, 0, found.stacks, speaks=self._speaks_of_rank_0))
+
+    def _send(self, message: Mapping[str, Any]) -> bool:
+        """Whether it is on its way."""
+        with self._sending, suppress(OSError):
+            send(self._connection, message)
+            return True
+        return False
+
     def _close(self) -> None:
         global _current
         if _current is self:
             _current = None
         with self._lock:
             self._left = True
+        if self._monitor is not None:
+            self._monitor.stop()
         _shut(self._connection)
         if self._hub is not None:
             self._hub.wait(None if self._ending is None else FAREWELL_S)
@@ -195,24 +270,49 @@ def is_launched() -> bool:
     return all(name in os.environ for name in names) and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def agreed(question: str, *, wish: bool) -> bool:
+    """Whether a rank wishes something, as the first that asks knows it; the same on all ranks.
+
+    Without a watch over several ranks nobody could agree, and the answer is no. A process alone does as it wishes.
+    """
+    if _current is None:
+        return wish and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    subject = question.partition("/")[0]
+    if wish:
+        _current.tell(subject)
+    return _current.first_says(question, "yes" if wish or _current.is_told(subject) else "no") == "yes"
+
+
+def limit(seconds: float) -> None:
+    """Let the watch of this process, if there is one, find what stands still for so long; see `Watch.limit`."""
+    if _current is not None:
+        _current.limit(seconds)
+
+
 @contextmanager
-def watching(topology: Topology) -> Iterator[None]:
+def watching(topology: Topology, timeout_s: float) -> Iterator[Progress]:
     """Watch over the ranks while a program trains; see the top of this file. An error inside is raised as ever.
 
-    Where `collie` watches already, where one process trains alone or where no launcher has started it, this does
-    nothing.
+    Where `collie` watches already, where one process trains alone or where no launcher has started it, nothing more is
+    watched. What it gives is for signs of life.
+
+    Args:
+        topology: of the run.
+        timeout_s: how long a rank may stand still.
     """
-    watched = _current is not None or "COLLIE_LAUNCHED" in os.environ  # there the launcher ends the others
-    if watched or topology.world_size == 1 or not is_launched():
-        yield
-        return
-    watch = Watch.join(_end_after_grace)
+    alone = topology.world_size == 1 or not is_launched()
+    watch = None if _current is not None or alone else Watch.join(_end_after_grace)
+    limit(timeout_s)
+    progress = Progress() if _current is None else _current.progress
+    progress.groups = topology.groups
     try:
-        yield
+        yield progress
     except BaseException as error:
-        watch.fail(reason_of(error), witness=is_witness(error))
+        if watch is not None:
+            watch.fail(reason_of(error), witness=is_witness(error))
         raise
-    watch.leave()
+    if watch is not None:
+        watch.leave()
 
 
 # -- the end of a process -----------------------------------------------------------------------------------
@@ -231,23 +331,33 @@ _ending = threading.Lock()  # never released: a process ends once
 def end_process(watch: Watch, ending: Ending) -> None:
     """End this process now, for a failure elsewhere. Not through exit handlers: some wait for the other ranks."""
     _ending.acquire()
-    leave_reason(ending.sentence)
-    if ending.speaks and not ending.beside:
-        print(ending.sentence, file=sys.stderr, flush=True)
+    leave_reason(ending.sentence, details=ending.details, mends=ending.mends, about=ending.rank)
+    if OURS in os.environ:
+        pass  # the launcher speaks, or for a run that leaves the rank that was asked
+    elif ending.speaks and not ending.beside:
+        print("\n".join(filter(None, (ending.details, ending.sentence))), file=sys.stderr, flush=True)
     else:
         time.sleep(_QUIET_S)
     watch.wait_for_others()
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(ending.code)
 
 
-def leave_reason(sentence: str, *, details: str = "") -> None:
-    """Write why this process ends to where torch's launchers look for it; `details` hold the stack of a bug."""
+def leave_reason(sentence: str, *, details: str = "", mends: bool = True, about: int | None = None) -> None:
+    """Write why this process ends to where launchers look for it: ours and torch's.
+
+    Args:
+        sentence: as people read it.
+        details: the stack of a bug, or those of ranks that hang.
+        mends: whether all may be well in another start.
+        about: the rank whose failure it is; None: this one's.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
         return
     now = time.time()  # in full: the launchers' own whole seconds do not tell who was first
     extra = {"py_callstack": details or sentence, "timestamp": str(int(now)), "time": now}
+    extra |= {"details": details, "mends": mends, "about": about}
     with suppress(OSError), open(file, "w") as stream:
         json.dump({"message": {"message": sentence, "extraInfo": extra}}, stream)
 
@@ -284,13 +394,14 @@ def _store(member: Member) -> Store:
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_master = member.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    limit = timedelta(seconds=ARRIVAL_S)
+    within = timedelta(seconds=ARRIVAL_S)
+    options: dict[str, Any] = {"wait_for_workers": False, "multi_tenant": True}
+    if is_master and STORE_FD in os.environ:
+        options["master_listen_fd"] = int(os.environ.pop(STORE_FD))
     try:
-        store: Store = TCPStore(
-            address, port, member.world_size, is_master, limit, wait_for_workers=False, multi_tenant=True
-        )
+        store: Store = TCPStore(address, port, member.world_size, is_master, within, **options)
     except RuntimeError as error:
-        raise RunError(f"{member} cannot reach the store at MASTER_ADDR={address}, port {port}: {error}") from error
+        raise Fault(f"{member} cannot reach the store at MASTER_ADDR={address}, port {port}: {error}") from error
     return store
 
 

@@ -44,6 +44,7 @@ def _only(text: str, *overrides: str) -> Problem:
         ("train: {max_grad_norm: .nan}", "train.max_grad_norm", "must be a finite number"),
         ("train: {seed: [1]}", "train.seed", "must be a whole number"),
         ("train: {output_dir: 5}", "train.output_dir", "must be text"),
+        ("train: {output_dir: 's3://bucket/run'}", "train.output_dir", "must be a folder of this machine, not a URL"),
         ("train: {overwrite_output_dir: maybe}", "train.overwrite_output_dir", "must be true or false"),
         ("train: 5", "train", "must be a section"),
         ("optimizer: {type: adamw, lr: -1}", "optimizer.lr", "must be greater than 0"),

@@ -102,9 +102,7 @@ def test_wrong_values_are_refused_by_name(field: str, value: object) -> None:
     assert {error["loc"][0] for error in caught.value.errors()} == {field}
 
 
-def sections(
-    zero_stage: int = 0, steps: int | None = 10, dtype: str = "auto", fuses: bool = False, save: int | None = None
-) -> Any:
+def sections(zero_stage: int = 0, steps: int | None = 10, dtype: str = "auto", fuses: bool = False) -> Any:
     can = SimpleNamespace(fuses_backward=True) if fuses else Can()
     return SimpleNamespace(
         parallel=SimpleNamespace(zero_stage=zero_stage),
@@ -112,7 +110,6 @@ def sections(
         registry=SimpleNamespace(component=lambda kind, name: SimpleNamespace(can=can)),
         model=SimpleNamespace(dtype=dtype),
         train=SimpleNamespace(max_steps=steps),
-        checkpoint=SimpleNamespace(save_steps=save),
     )
 
 
@@ -125,7 +122,6 @@ def test_what_is_refused() -> None:
     assert "set parallel.zero_stage to 0" in why(sections(zero_stage=2))
     assert "lomo drops them in backward" in why(sections(fuses=True))
     assert "float16 scales by a changing factor" in why(sections(dtype="float16"))
-    assert "set checkpoint.save_steps to null" in why(sections(save=5))
     assert "target_r=16 is above init_r=12" in why(sections(), target_r=16)
     assert "tinit=4 and tfinal=6 leave none of 10 steps" in why(sections(), tinit=4, tfinal=6)
     assert "leave none of 8 steps" in why(sections(steps=None), tinit=4, tfinal=4, total_step=8)

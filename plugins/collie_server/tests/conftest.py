@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx2
 import pytest
 
-from collie_server.server import HttpServer
-
 sys.path.append(str(Path(__file__).parent / "support"))  # --import-mode=importlib adds no folder by itself
 
+from serving_here import Running, serving
 from small_models import letters, tiny
 
 
 class Model(NamedTuple):
     model: Any
     tokenizer: Any
-
-
-class Running(NamedTuple):
-    url: str
-    server: HttpServer
-    thread: threading.Thread
 
 
 @pytest.fixture(scope="session")
@@ -44,32 +35,11 @@ def folder(small: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextmanager
-def serving(model: Any, tokenizer: Any, **options: Any) -> Iterator[Running]:
-    server = HttpServer(port=0, **options)
-    ports: list[int] = []
-    ready = threading.Event()
-
-    def announce(port: int) -> None:
-        ports.append(port)
-        ready.set()
-
-    thread = threading.Thread(target=server.serve, args=(model, tokenizer, None, announce), daemon=True)
-    thread.start()
-    assert ready.wait(20)
-    try:
-        yield Running(f"http://127.0.0.1:{ports[0]}", server, thread)
-    finally:
-        server.stop()
-        thread.join(10)
-        assert not thread.is_alive()
-
-
 Serve = Callable[..., Running]
 
 
-@pytest.fixture
-def serve(small: Model) -> Iterator[Serve]:
+@pytest.fixture(name="serve")
+def serve_(small: Model) -> Iterator[Serve]:
     """Start a server with options of its own."""
     from contextlib import ExitStack
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,9 @@ def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 def test_serve_says_where_it_is_and_stops_cleanly(folder: Path) -> None:
     with command("serve", str(folder), "--port", "0", "--model-name", "small", "--host", "0.0.0.0") as process:
         assert process.stdout is not None
-        where, token = process.stdout.readline(), process.stdout.readline()
+        assert process.stderr is not None
+        where = process.stdout.readline()
+        token = next(line for line in process.stderr if line.startswith("token: "))
         assert where.startswith("serving small on http://0.0.0.0:")
         url = f"http://127.0.0.1:{where.strip().rpartition(':')[2]}/v1/completions"
         body = {"prompt": "x", "max_tokens": 3}
@@ -73,10 +76,13 @@ def test_wrong_options_are_named(folder: Path) -> None:
 def test_chat_with_a_folder_and_with_a_server(folder: Path, running: Any) -> None:
     options = ["--temperature", "0", "--max-tokens", "12"]
     lines = "hello\n/reset\nhello\n/system be brief\nhello\n/nonsense\n/exit\nnot read\n"
-    local = run("chat", str(folder), *options, lines=lines)
+    local = run("chat", str(folder), "--compare", str(folder), *options, lines="/compare hello\n" + lines)
     assert local.returncode == 0, local.stderr
     remote = run("chat", running.url, *options, lines=lines)
-    assert remote.stdout == local.stdout, remote.stderr
+    assert local.stdout.endswith(remote.stdout), remote.stderr
+    answer = remote.stdout.partition("\n")[0]
+    compared = local.stdout.removesuffix(remote.stdout)
+    assert compared == f"[model: {folder}]\n{answer}\n[compare: {folder}]\n{answer}\n"
     with httpx2.Client(base_url=running.url, trust_env=False) as client:
         user = {"role": "user", "content": "hello"}
         answers = [
@@ -93,6 +99,8 @@ def test_chat_with_a_folder_and_with_a_server(folder: Path, running: Any) -> Non
 def test_chat_says_what_is_wrong(running: Any) -> None:
     done = run("chat", running.url, "--temperature", "9", lines="hello\n")
     assert "temperature: Input should be less than or equal to 2" in done.stdout
+    done = run("chat", running.url, lines="/compare hello\n")
+    assert "there is one model; start the chat or the server with --compare DIR" in done.stdout
     done = run("chat", "http://127.0.0.1:9", lines="hello\n")
     assert "no answer from http://127.0.0.1:9" in done.stdout
 
@@ -148,9 +156,41 @@ def test_an_adapter_folder_is_served(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_port_in_use_is_said(small: Any, running: Any) -> None:
-    from collie_core.api import RunError
+    from collie_core.api import RunError, serve
     from collie_server.server import HttpServer
 
     port = int(running.url.rpartition(":")[2])
     with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{port}: "):
-        HttpServer(port=port).serve(small.model, small.tokenizer, None, lambda port: None)
+        serve(HttpServer(port=port), small.model, small.tokenizer)
+
+
+def test_two_processes_share_the_model_of_a_checkpoint_and_another_is_compared(folder: Path, tmp_path: Path) -> None:
+    checkpoint, run_of_then = tmp_path / "step-00000002", tmp_path / "then"
+    shutil.copytree(folder, checkpoint / "model")
+    shutil.copytree(folder, run_of_then / "model")
+    parallel = ["--nproc", "2", "parallel.pipeline_parallel_size=2"]
+    with command("serve", str(checkpoint), "--port", "0", "--compare", str(run_of_then), *parallel) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1]
+        with httpx2.Client(base_url=url, trust_env=False, timeout=60) as client:
+            assert [(one["id"], one["root"]) for one in client.get("/v1/models").json()["data"]] == [
+                (checkpoint.name, str(checkpoint)),
+                ("compare", str(run_of_then)),
+            ]
+            body = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
+            now, then = (
+                client.post("/v1/completions", json=body | {"model": name}).json()
+                for name in (checkpoint.name, "compare")
+            )
+            assert now["choices"] == then["choices"]
+            assert (now["model"], then["model"]) == (checkpoint.name, "compare")
+        chat = run("chat", url, "--temperature", "0", "--max-tokens", "5", lines="/compare hello\n/compare\n")
+        first, second, *_ = chat.stdout.split("[")[1:]
+        assert first.startswith(f"{checkpoint.name}: {checkpoint}]\n")
+        assert second.startswith(f"compare: {run_of_then}]\n")
+        assert first.partition("\n")[2].strip() == second.partition("\n")[2].partition("/reset")[0].strip()
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - start < 10
+    assert "Traceback" not in errors

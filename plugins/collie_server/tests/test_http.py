@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from small_models import tiny
 
 Client = httpx2.Client
 CHAT = "/v1/chat/completions"
@@ -229,7 +230,12 @@ def test_what_is_no_http_does_no_harm(client: Client) -> None:
 
 
 def test_models_health_metrics_and_pages(client: Client) -> None:
-    assert client.get("/v1/models").json()["data"][0]["id"] == "small"
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["root"], model["chat"]) == ("small", "model", True)
+    assert client.get("/run").json() == {"run": None, "logged": 0, "rows": []}
+    refused = client.get("/run?after=-1")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "query.after"
     assert client.get("/health").status_code == 200
     client.post(TEXT, json={"prompt": "x"})
     metrics = client.get("/metrics").text
@@ -270,7 +276,7 @@ def test_a_token_is_needed_where_there_is_one(serve: Callable[..., Any]) -> None
         assert client.get("/health").status_code == client.get("/").status_code == 200
 
 
-def test_another_address_gets_a_token_of_its_own() -> None:
+def test_another_address_gets_a_token_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     from collie_server.server import HttpServer
 
     assert (
@@ -279,6 +285,9 @@ def test_another_address_gets_a_token_of_its_own() -> None:
     made = {HttpServer(host=host).token for host in ("0.0.0.0", "::", "192.0.2.1", "example.org")}
     assert len(made) == 4
     assert all(token and len(token) > 30 for token in made)
+    monkeypatch.setenv("COLLIE_TOKEN", "known")
+    assert HttpServer(host="0.0.0.0").token == HttpServer(host="127.0.0.1").token == "known"
+    assert HttpServer(host="0.0.0.0", token="own").token == "own"
 
 
 def load(client: Client) -> tuple[int, int]:
@@ -313,7 +322,7 @@ LONG = {"prompt": "x", "max_tokens": 240, "temperature": 0, "stop": "never this"
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_frees_its_slot(serve: Callable[..., Any], slow: Any, stream: bool) -> None:
-    one = serve(slow, max_batch_size=1)
+    one = serve(slow, slots=1)
     with Client(base_url=one.url, trust_env=False) as client:
         body = json.dumps(LONG | {"stream": stream}).encode()
         head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -325,7 +334,7 @@ def test_a_client_that_goes_frees_its_slot(serve: Callable[..., Any], slow: Any,
 
 
 def test_a_full_queue_says_when_to_come_again(serve: Callable[..., Any], slow: Any) -> None:
-    one = serve(slow, max_batch_size=1, max_queue=1)
+    one = serve(slow, slots=1, queue=1)
     with Client(base_url=one.url, timeout=30, trust_env=False) as client, ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(httpx2.post, one.url + TEXT, json=LONG | {"max_tokens": 60}, timeout=30) for _ in "12"]
         until(lambda: load(client) == (1, 1))
@@ -347,7 +356,7 @@ def test_time_is_limited(serve: Callable[..., Any], slow: Any) -> None:
 
 
 def test_slow_readers_block_nobody(serve: Callable[..., Any], small: Any) -> None:
-    one = serve(max_batch_size=4)
+    one = serve(slots=4)
     with Client(base_url=one.url, trust_env=False, timeout=20) as client:
         address = (client.base_url.host, client.base_url.port or 0)
         body = json.dumps(LONG | {"stream": True, "logprobs": 20, "n": 4}).encode()
@@ -381,7 +390,7 @@ def test_stopping_ends_open_streams_quickly(serve: Callable[..., Any], slow: Any
     with Client(base_url=one.url, trust_env=False) as client:
         until(lambda: load(client) == (1, 0))
         start = time.monotonic()
-        one.server.stop()
+        one.stop.set()
         one.thread.join(5)
         assert not one.thread.is_alive()
         assert time.monotonic() - start < 5
@@ -403,6 +412,23 @@ def test_the_official_client(running: Any) -> None:
             client.chat.completions.create(messages=HELLO, tools=[], **options)
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(messages=HELLO, model="another")
+
+
+def test_two_models_have_names(serve: Callable[..., Any], small: Any) -> None:
+    other = tiny(small.tokenizer, rope_theta=100.0)
+    one = serve(compare=(other, small.tokenizer), model_name="small")
+    body = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
+    with Client(base_url=one.url, trust_env=False, timeout=20) as client:
+        names = ["small", "compare"]
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == names
+        answers = [client.post(TEXT, json=body | {"model": name}).json() for name in names]
+        assert [answer["model"] for answer in answers] == names
+        assert answers[0]["choices"][0]["text"] == greedy(small, "hello", 12)
+        assert answers[1]["choices"][0]["text"] == greedy(small._replace(model=other), "hello", 12)
+        assert "collie_step" not in answers[0]
+        refused = client.post(TEXT, json=body | {"model": "third"})
+        assert refused.status_code == 404
+        assert "the models served here are 'small' and 'compare'" in refused.json()["error"]["message"]
 
 
 def test_no_text_is_logged(client: Client, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,10 +13,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from collie_core.errors import RunError
@@ -29,7 +31,6 @@ FORMAT = 1
 
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.step-\d+\.(new|old)")
-_CHUNK = 1 << 20  # bytes that are hashed at a time
 
 
 class CheckpointError(RunError):
@@ -70,12 +71,13 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Bring every file of a folder to the disk, and then write what they are."""
+def write_manifest(folder: Path, step: int, digests: Mapping[str, str]) -> None:
+    """Bring every file of a folder to the disk, and then write what they are; `digests` are known already."""
     files = {}
     for path in _files(folder):
         _sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        name = str(path.relative_to(folder))
+        files[name] = {"bytes": path.stat().st_size, "sha256": digests.get(name) or digest(path)}
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = {"format": FORMAT, "step": step, "version": metadata.version("collie-core"), "created": created}
     (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
@@ -117,22 +119,22 @@ def verify(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} is damaged: {name} is missing")
     for name in sorted(there - set(manifest.files)):
         raise CheckpointError(f"{folder} is damaged: {name} does not belong to it")
-    for name, (size, expected) in manifest.files.items():
-        path = folder / name
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{folder} is damaged: {name} has {path.stat().st_size} of {size} bytes")
-        if digest(path) != expected:
-            raise CheckpointError(f"{folder} is damaged: {name} is not what was written (sha256)")
+    for name, (size, _) in manifest.files.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise CheckpointError(f"{folder} is damaged: {name} has {found} of {size} bytes")
+    with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter to others
+        digests = threads.map(lambda name: digest(folder / name), manifest.files)
+        for (name, (_, expected)), actual in zip(manifest.files.items(), digests, strict=True):
+            if actual != expected:
+                raise CheckpointError(f"{folder} is damaged: {name} is not what was written (sha256)")
     return manifest
 
 
 def digest(path: Path) -> str:
     """The sha256 of a file."""
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            found.update(block)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def begin(parent: Path, step: int) -> Path:
@@ -144,9 +146,9 @@ def begin(parent: Path, step: int) -> Path:
     return beside
 
 
-def commit(beside: Path, step: int) -> Path:
+def commit(beside: Path, step: int, digests: Mapping[str, str] = MappingProxyType({})) -> Path:
     """Write the manifest and give the folder its name. One that has it already is no longer needed then."""
-    write_manifest(beside, step)
+    write_manifest(beside, step, digests)
     final = beside.with_name(folder_name(step))
     old = _hidden(final)
     if final.exists():
@@ -158,14 +160,15 @@ def commit(beside: Path, step: int) -> Path:
     return final
 
 
-def prune(parent: Path, keep: int, *, thorough: bool = False) -> list[Path]:
+def prune(parent: Path, keep: int, *, thorough: bool = False, spare: int | None = None) -> list[Path]:
     """Delete all checkpoints older than the `keep` newest sound ones, and give them back.
 
-    What has no manifest, or with `thorough` is damaged, does not count: the last sound one always stays.
+    What has no manifest, or with `thorough` is damaged, does not count: the last sound one always stays, and so does
+    the one of step `spare`.
     """
     removed, sound = [], 0
     for folder in checkpoints_in(parent):
-        if sound >= keep:
+        if sound >= keep and step_of(folder) != spare:
             _remove(folder)
             removed.append(folder)
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +12,18 @@ import torch
 import torch.distributed as dist
 
 from collie_core.checkpoint import files
+from collie_core.checkpoint.choose import AUTO, choose, newest_sound
 from collie_core.checkpoint.files import MODEL, STATES, TRAINER, CheckpointError
 from collie_core.checkpoint.progress import data_identity, require_same_data, restore_schedule, schedule_state
-from collie_core.checkpoint.signals import Asked
+from collie_core.checkpoint.saving import FAILING, Finish, Saver
+from collie_core.checkpoint.signals import Asked, EvaluationLeft
 from collie_core.checkpoint.states import Inventory, WholeStates, require_same_parameters
 from collie_core.engine.state import WEIGHT
 from collie_core.errors import CollieError
+from collie_core.export import put_trained, write_trained
 from collie_core.model.boxes import whole
 from collie_core.model.build import base_of_adapter
-from collie_core.model.files import TensorFile
+from collie_core.model.files import OpenFile, TensorFile
 from collie_core.model.stages import lend
 from collie_core.model.weights import Checkpoint
 from collie_core.report.metrics import plain
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from collie_core.parts import Parts
     from collie_core.topology import Topology
 
-AUTO = "auto"
+UNREADABLE = "a checkpoint cannot be read"
 NEEDED = (
     *("step", "epoch", "position", "weights", "optimizer", "global_batch_size", "data", "parameters", "numbers"),
     *("schedule", "loss_scale", "results", "followers"),
@@ -55,19 +57,30 @@ class Follower(Protocol):
 class Checkpoints:
     """Args:
     parts: of the run.
-    write_model: puts the model, or the adapter, into a folder. Collective.
     """
 
-    def __init__(self, parts: Parts, write_model: Callable[[Path], None]) -> None:
+    def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.section = parts.config.checkpoint
         self.topology: Topology = parts.topology
-        self.write_model = write_model
-        self.folder = Path(parts.config.train.output_dir) / CHECKPOINTS
+        self.saver = Saver(Path(parts.config.train.output_dir) / CHECKPOINTS, self.section, self.topology)
         self.source: Path | None = None  # what the run goes on from
         self.restored: dict[str, Any] = {}  # its trainer.json
         self.position = 0  # samples that were consumed, over all ranks
         self.leaving = False
+        self.owes_evaluation = False  # the one after the last step was left when a signal came
+        self._owed = False  # before the evaluation that was last begun
+        self._last = False  # whether the run ends after the last step
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self.saver.folder
+
+    @property
+    def are_saved(self) -> bool:
+        """Whether the run saves any."""
+        return self.section.save_steps is not None
 
     # -- going on --------------------------------------------------------------------------------------------------
 
@@ -80,7 +93,9 @@ class Checkpoints:
         if (wanted := self.section.resume_from_checkpoint) is None:
             return
         chosen: list[Path | None] = [None]
-        on_main(self.topology, lambda: chosen.__setitem__(0, self._choose(wanted)))
+        self.topology.on_main(
+            lambda: chosen.__setitem__(0, choose(wanted, self.folder, self.saver.mirror)), failing=UNREADABLE
+        )
         self.source = self.topology.gather_objects(chosen[0])[0]
         if self.source is not None:
             self.restored = files.read_json(self.source / TRAINER)
@@ -100,45 +115,6 @@ class Checkpoints:
         """The step from which the record of the folder goes on; None: it begins anew."""
         return int(self.restored["step"]) if self.source is not None and self.may_replace else None
 
-    def _choose(self, wanted: str) -> Path | None:
-        if wanted == AUTO:
-            return self._newest_sound(self.folder)
-        path = Path(wanted)
-        if files.step_of(path) is None:
-            below = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-            found = self._newest_sound(below)
-            if found is None:
-                raise CheckpointError(f"checkpoint.resume_from_checkpoint={wanted} holds no checkpoint")
-            path = found
-        step = files.verify(path).step
-        later = [one.name for one in files.checkpoints_in(self.folder) if (files.step_of(one) or 0) > step]
-        if path.resolve().parent == self.folder.resolve() and later and files.step_of(Path(wanted)) is not None:
-            raise CheckpointError(
-                f"checkpoint.resume_from_checkpoint={wanted}: the run has gone on to {later[0]}; choose another "
-                "train.output_dir to go another way from here, or delete the later checkpoints"
-            )
-        return path
-
-    def _newest_sound(self, folder: Path) -> Path | None:
-        """None when there is none at all.
-
-        Raises:
-            CheckpointError: there are some, and none is sound.
-        """
-        problems = []
-        for path in files.checkpoints_in(folder):
-            try:
-                files.verify(path)
-            except CheckpointError as error:
-                problems.append(str(error))
-                continue
-            for problem in problems:
-                logger.warning("%s; going on from %s", problem, path.name)
-            return path
-        if problems:
-            raise CheckpointError(f"no checkpoint in {folder} is sound: {'; '.join(problems)}")
-        return None
-
     def restore(self, run: Run) -> None:
         """Bring the engine and the run to where the checkpoint was. Collective.
 
@@ -147,16 +123,33 @@ class Checkpoints:
         """
         if self.source is None:
             return
-        found, step, states = self.restored, self.parts.step, self._states
+        found, step = self.restored, self.parts.step
         self._require_same_run(found, self.source)
-        file = Checkpoint(str(self.source), [self.source / STATES])
-        model = None if found["weights"] == STATES else Checkpoint.open(self.source / MODEL)
-        states.load(file, model)
-        lend(self.parts.model)
-        step.states.set_numbers(found["numbers"])
+        self._load(self.source, found)
         restore_schedule(step.scheduler, found["schedule"], self.source)
         step.set_loss_scale(found["loss_scale"])
         run.step, run.epoch, self.position = found["step"], found["epoch"], found["position"]
+
+    def go_back(self) -> Path | None:
+        """Give the engine weights and states of the newest sound checkpoint again, and gives it; None: there is none.
+
+        Collective. The schedule and the position in the data stay where they are.
+        """
+        self.saver.wait()
+        chosen: list[Path | None] = [None]
+        self.topology.on_main(lambda: chosen.__setitem__(0, newest_sound(self.folder)), failing=UNREADABLE)
+        source: Path | None = self.topology.gather_objects(chosen[0])[0] or self.source
+        if source is not None:
+            self._load(source, files.read_json(source / TRAINER))
+        return source
+
+    def _load(self, source: Path, found: Mapping[str, Any]) -> None:
+        """Weights, states, and the options of groups that the optimizer has changed."""
+        model = None if found["weights"] == STATES else Checkpoint.open(source / MODEL)
+        self._states.load(Checkpoint(str(source), [source / STATES]), model)
+        lend(self.parts.model)
+        self.parts.step.states.set_numbers(found["numbers"])
+        self.owes_evaluation = found.get("owes_evaluation", False)
 
     def _require_same_run(self, found: Mapping[str, Any], source: Path) -> None:
         here = self._identity()
@@ -172,7 +165,7 @@ class Checkpoints:
             )
         require_same_parameters(found["parameters"], self._states, str(source))
         require_same_data(found["data"], here["data"], source)
-        on_main(self.topology, lambda: self._require_same_base(source / MODEL))
+        self.topology.on_main(lambda: self._require_same_base(source / MODEL), failing=UNREADABLE)
 
     def _require_same_base(self, adapter: Path) -> None:
         """The frozen weights below an adapter are not part of a checkpoint, so they must be those that it had."""
@@ -190,42 +183,96 @@ class Checkpoints:
         self.position += batch.samples
         if self.section.save_steps is None:
             return False
-        if signal := self._agreed(asked):
-            run.request_stop(f"{signal} asked for it; go on with checkpoint.resume_from_checkpoint=auto")
-            self.leaving = not last
+        self._last = last = last or bool(run.stop_reason)
+        self.heed(run, asked)
         return last or self.leaving or run.step % self.section.save_steps == 0
 
-    def save(self, run: Run, followers: Mapping[str, Follower], results: Mapping[str, float]) -> Path:
+    def heed(self, run: Run, asked: Asked) -> None:
+        """Leave, if a signal asked any rank for it. Collective."""
+        if signal := self._agreed(asked):
+            run.request_stop(f"{signal} asked for it; go on with checkpoint.resume_from_checkpoint=auto")
+            self.leaving = not self._last or self.owes_evaluation
+
+    def evaluate(self, evaluation: Callable[[], None]) -> None:
+        """Run an evaluation. One that a signal ends before its end is done again when the run goes on."""
+        self._owed, self.owes_evaluation = self.owes_evaluation, False
+        try:
+            evaluation()
+        except EvaluationLeft:
+            self.owes_evaluation = True
+
+    def settle(self, run: Run, asked: Asked, followers: Mapping[str, Follower], results: Mapping[str, float]) -> None:
+        """After an evaluation before the first step: leave, if a signal has ended it, or save that it is done.
+        Collective.
+        """
+        if self.owes_evaluation:
+            self.heed(run, asked)
+        elif self._owed:
+            self.save(run, followers, results)
+
+    def save(self, run: Run, followers: Mapping[str, Follower], results: Mapping[str, float]) -> None:
         """Write a checkpoint, whole or not at all, and delete those that are too many. Collective.
 
         Raises:
-            CheckpointError: the main rank cannot write; on every rank.
+            CollieError: the main rank cannot write, and `checkpoint.on_error` says to stop; on every rank.
         """
         numbers = self._numbers(run, followers, results)
         inventory = self._states.inventory()
         if self._states.part is not None and all(k[WEIGHT].dtype == self.parts.dtype for k in inventory.values()):
             numbers["weights"] = MODEL
             inventory = {name: {key: kinds[key] for key in kinds if key != WEIGHT} for name, kinds in inventory.items()}
-        beside = self.folder / f".{files.folder_name(run.step)}.new"
-        on_main(self.topology, lambda: (files.begin(self.folder, run.step) / MODEL).mkdir())
+        finish = Finish(lambda folder: self._write_rest(folder, numbers), run.best.get("step"))
         try:
-            self.write_model(beside / MODEL)
-            self._write_states(beside / STATES, inventory)
-            on_main(self.topology, lambda: self._finish(beside, numbers))
-        except BaseException:
-            if self.topology.is_main:
-                shutil.rmtree(beside, ignore_errors=True)
-            raise
-        return self.folder / files.folder_name(run.step)
+            with self.saver.checkpoint(run.step, finish) as (beside, open_file):
+                self.topology.on_main((beside / MODEL).mkdir, failing=FAILING)
+                write_trained(self.parts, beside / MODEL, open_file)
+                self._write_states(beside / STATES, inventory, open_file)
+        except CollieError as error:
+            self._failed(error)
 
-    def _write_states(self, path: Path, inventory: Inventory) -> None:
+    def finished(self) -> list[Path]:
+        """The checkpoints that were finished since this was asked; on the main rank."""
+        return self.saver.finished()
+
+    def publish(self, model: Path) -> None:
+        """Put what was exported into the store as well, if there is one. Collective.
+
+        Raises:
+            StorageError: it cannot be written; on every rank.
+        """
+        if (store := self.section.store) is not None:
+            self.topology.on_main(lambda: put_trained(model, f"{store}/{MODEL}"), failing="the model cannot be stored")
+
+    def close(self) -> None:
+        """Wait until everything is on the disk. Collective.
+
+        Raises:
+            CollieError: see `save`.
+        """
+        self.saver.wait()
+        self._share(0.0)
+
+    def _failed(self, error: CollieError) -> None:
+        """Stop, or say so and go on; all ranks alike.
+
+        Raises:
+            CollieError: it is to stop.
+        """
+        if self.section.on_error == "stop":
+            raise error
+        if self.topology.is_main:
+            newest = next(iter(files.checkpoints_in(self.folder)), None)
+            last = "there is none" if newest is None else f"the last one is {newest.name}"
+            logger.warning("%s; the training goes on, and %s", error, last)
+
+    def _write_states(self, path: Path, inventory: Inventory, open_file: OpenFile) -> None:
         """Copied to the main rank's host one tensor at a time, and written as they come."""
         kinds = {f"{name}/{key}": kind for name, found in inventory.items() for key, kind in found.items()}
         copies = self._states.stream(inventory)
 
         def write() -> None:
             try:
-                file = TensorFile(path, kinds)
+                file = TensorFile(path, kinds, open_file)
                 for name, value in copies:
                     assert value is not None
                     file.write(name, whole(value.shape), value)
@@ -234,17 +281,13 @@ class Checkpoints:
                 _go_through(copies)
                 raise
 
-        on_main(self.topology, write, others=lambda: _go_through(copies))
+        self.topology.on_main(write, failing=FAILING, others=lambda: _go_through(copies))
 
-    def _finish(self, beside: Path, numbers: Mapping[str, Any]) -> None:
-        """On the main rank: the rest of the files, the manifest, the name."""
+    def _write_rest(self, folder: Path, numbers: Mapping[str, Any]) -> None:
         config = self.parts.config
-        write_json(beside / TRAINER, numbers)
-        (beside / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
-        write_json(beside / PLUGINS, list(config.registry.used()))
-        files.commit(beside, int(numbers["step"]))
-        if self.section.save_total_limit is not None:
-            files.prune(self.folder, self.section.save_total_limit)
+        write_json(folder / TRAINER, numbers)
+        (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+        write_json(folder / PLUGINS, list(config.registry.used()))
 
     def _numbers(self, run: Run, followers: Mapping[str, Follower], results: Mapping[str, float]) -> dict[str, Any]:
         step, topology = self.parts.step, self.topology
@@ -256,6 +299,7 @@ class Checkpoints:
             "epoch": run.epoch,
             "max_steps": run.max_steps,
             "position": self.position,
+            "owes_evaluation": self.owes_evaluation,
             "weights": STATES,
             "parameters": {name: list(place.shape) for name, place in self._states.placements.items()},
             "numbers": {name: value for found in everyone for name, value in found.items()},
@@ -291,35 +335,26 @@ class Checkpoints:
 
     def _agreed(self, asked: Asked) -> str:
         """The signal that any rank has got; "": none has."""
-        if self.topology.world_size == 1:
-            return asked.name
-        any_rank = torch.tensor(float(bool(asked.name)), device=self.topology.device)
-        dist.all_reduce(any_rank, op=dist.ReduceOp.MAX)
-        if not any_rank.item():
+        if not self._share(float(bool(asked.name))):
             return ""
         return str(next(filter(None, self.topology.gather_objects(asked.name))))
 
+    def _share(self, number: float) -> float:
+        """The largest number of any rank; also learns of a checkpoint that could not be written behind the training.
 
-def on_main(topology: Topology, action: Callable[[], object], *, others: Callable[[], object] | None = None) -> None:
-    """Do something on the main rank, and `others` elsewhere meanwhile. Collective.
-
-    Raises:
-        CheckpointError: the main rank has failed; on every rank.
-    """
-    said = ""
-    cause: Exception | None = None
-    if topology.is_main:
-        try:
-            action()
-        except CollieError as error:
-            cause, said = error, str(error)
-        except OSError as error:
-            cause, said = error, f"a checkpoint cannot be written: {error}"
-    elif others is not None:
-        others()
-    said = topology.gather_objects(said)[0]
-    if said:
-        raise CheckpointError(said) from cause
+        Raises:
+            CollieError: see `save`.
+        """
+        failed = self.saver.failure is not None
+        if self.topology.world_size > 1:
+            most = torch.tensor([number, float(failed)], device=self.topology.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            number, failed = float(most[0]), bool(most[1])
+        if failed:
+            said = self.topology.gather_objects(self.saver.failure)[0]
+            self.saver.failure = None
+            self._failed(said)
+        return number
 
 
 def _go_through(copies: Iterable[object]) -> None:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the results."""
-    from collie_core import launch
+    from collie_core import launch, starter
 
     if args.model:
         # Sections are replaced whole: tokenizer, architecture and adapter are those of the folder.
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
             raise RunError("data.eval is empty: nothing to evaluate; set data.eval to a file or a split")
         processes = launch.processes_to_start(args.nproc, config.parallel)
         if processes > 1:
-            return launch.start(processes, ["eval", args.config, *["--json"] * args.json, *args.overrides])
+            return starter.start(processes, ["eval", args.config, *["--json"] * args.json, *args.overrides])
         from collie_core.cli._quiet import quiet_libraries
         from collie_core.loop import Trainer
         from collie_core.report import run_identity

@@ -35,10 +35,11 @@ def run(args: argparse.Namespace) -> int:
     from collie_core import launch, parity
 
     if args.record:
-        with launch.reported_to_launcher():
+        with launch.reported_to_launcher() as agree:
             from collie_core.cli._quiet import quiet_libraries
 
             config = load_config(args, complete=True)
+            agree({})
             quiet_libraries()
             parity.record(config, args.record)
         return 0
@@ -93,11 +94,11 @@ def _config(args: argparse.Namespace, changed: list[str]) -> RunConfig:
 
 
 def _train(args: argparse.Namespace, name: str, processes: int, overrides: list[str], folder: Path) -> None:
-    from collie_core import launch
+    from collie_core import starter
 
     print(f"  {name} on {processes} process{'es' if processes > 1 else ''} ...", flush=True)
     try:
-        launch.start(processes, ["verify", "parity", args.config, "--record", str(folder), *overrides])
+        starter.start(processes, ["verify", "parity", args.config, "--record", str(folder), *overrides])
     except RunError as error:
         raise RunError(f"{name} does not train: {error}") from error
 

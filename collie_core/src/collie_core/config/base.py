@@ -16,6 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from collie_core.storage import is_url
+
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
 
@@ -95,6 +97,16 @@ PlainMapping = Annotated[dict[str, Any], AfterValidator(_plain)]
 """Free keys and values, as far as a YAML file can hold them."""
 
 
+def _on_this_machine(path: str) -> str:
+    if is_url(path):
+        raise ValueError("must be a folder of this machine, not a URL")
+    return path
+
+
+LocalFolder = Annotated[str, Field(min_length=1), AfterValidator(_on_this_machine)]
+"""Where files are written to and changed, which no store can do."""
+
+
 class ComponentConfig(ConfigModel):
     """The section of a plugin: `type`, and the plugin's own fields."""
 
@@ -114,7 +126,9 @@ class AdapterConfig(ComponentConfig):
         description="What it is called beside other adapters of the same base model.",
     )
     adapter_name_or_path: str | None = Field(
-        None, description="A saved adapter to go on from. It brings its own options, so none is written beside it."
+        None,
+        description="A saved adapter to go on from, a folder or URL. It brings its own options, so none is written "
+        "beside it.",
     )
 
     def refused(self, config: RunConfig) -> str:

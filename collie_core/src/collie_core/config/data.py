@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 from pydantic_core import PydanticCustomError
 
-from collie_core.config.base import ConfigModel
+from collie_core.config.base import ConfigModel, LocalFolder
 
 Format = Literal["auto", "text", "completion", "messages", "tokens"]
 
 
 class SourceConfig(ConfigModel):
-    """One file or hub data set."""
+    """One file, here or at a URL, or hub data set."""
 
-    path: str = Field(min_length=1, description="A file (JSONL, JSON, CSV, parquet, text) or a hub id.")
+    path: str = Field(min_length=1, description="A file (JSONL, JSON, CSV, parquet, text), also by URL, or a hub id.")
     format: Format = Field(
         "auto",
         description="text: {text}. completion: {input, output}. messages: {messages} or {conversations}. "
@@ -64,5 +64,5 @@ class DataConfig(ConfigModel):
     chat_template: str | None = Field(
         None, min_length=1, description="A Jinja template, or a file with one; default: the tokenizer's."
     )
-    cache_dir: str | None = Field(None, min_length=1, description="Where tokenised data is kept; default: ~/.cache.")
+    cache_dir: LocalFolder | None = Field(None, description="Where tokenised data is kept; default: ~/.cache.")
     num_workers: NonNegativeInt = Field(0, le=1024, description="Processes that prepare batches ahead; 0: none.")

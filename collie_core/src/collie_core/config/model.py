@@ -51,7 +51,7 @@ class ResizeVocabulary(ConfigModel):
 class ModelConfig(ConfigModel):
     """The model: pretrained weights, or an architecture to train from random ones."""
 
-    model_name_or_path: str | None = Field(None, min_length=1, description="A folder or a hub id, with its weights.")
+    model_name_or_path: str | None = Field(None, min_length=1, description="A folder, URL or hub id, with its weights.")
     config: PlainMapping | None = Field(
         None,
         description="Train from random weights: `model_type` and the fields of its transformers config. "

@@ -33,7 +33,13 @@ class ParallelConfig(ConfigModel):
     )
     offload_optimizer: bool = Field(False, description="Optimizer states and update in CPU memory; zero_stage 1 to 3.")
     offload_param: bool = Field(False, description="Parameters in CPU memory while no layer needs them; zero_stage 3.")
-    timeout_s: float = Field(1800.0, gt=0, le=1e9, description="Seconds until a lost process stops the others.")
+    timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        le=1e9,
+        description="Seconds that a rank may wait for others, or stand still in a run, until all end and tell where "
+        "each one stands.",
+    )
 
     @property
     def copy_size(self) -> int:

@@ -69,6 +69,13 @@ FUSED = (
         "Remove it; parallel.offload_param moves the parameters.",
         lambda config: config.parallel.offload_optimizer and config.parallel.zero_stage == 3,
     ),
+    Rule(
+        "train.spike_factor",
+        "`train.spike_factor`",
+        "when the loss is known, parameters have been updated",
+        "Remove it; train.on_nan still looks at what is no number.",
+        lambda config: config.train.spike_factor is not None,
+    ),
 )
 """What an optimizer that updates in backward does not go with."""
 
@@ -133,6 +140,20 @@ RULES = (
         "DeepSpeed fetches parameters in the order of one forward and one backward, and a pipeline interleaves several",
         "Set parallel.zero_stage to 2 or less; the stages have taken the parameters apart already.",
         lambda config: config.parallel.zero_stage == 3 and config.parallel.pipeline_parallel_size > 1,
+    ),
+    Rule(
+        "train.on_nan",
+        "`train.on_nan: rewind` without `checkpoint.save_steps`",
+        "it goes back to a checkpoint, and there are none",
+        "Set checkpoint.save_steps, or train.on_nan to skip.",
+        lambda config: config.train.on_nan == "rewind" and config.checkpoint.save_steps is None,
+    ),
+    Rule(
+        "train.spike_factor",
+        "`train.spike_factor` with a `parallel.zero_stage`",
+        "DeepSpeed cannot drop gradients when the loss is known",
+        "Remove it; train.on_nan still looks at what is no number.",
+        lambda config: config.train.spike_factor is not None and config.parallel.zero_stage > 0,
     ),
     Rule(
         "adapter.type",
@@ -277,6 +298,17 @@ RULES = (
         "Set data.eval to a file or a split, or remove evaluation.on_start.",
         lambda config: config.evaluation.on_start and _nothing_to_evaluate(config),
         part="eval_data",
+    ),
+    Rule(
+        "server.compare",
+        "`server.compare: base` without `model.model_name_or_path`",
+        "the run begins with no saved model",
+        "Set it to the folder of one, or remove it.",
+        lambda config: (
+            config.server is not None
+            and config.server.compare == "base"
+            and config.model.model_name_or_path is None
+        ),
     ),
     Rule(
         "report_to",

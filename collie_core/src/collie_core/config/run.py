@@ -21,6 +21,7 @@ from collie_core.config.evaluation import EvaluationConfig
 from collie_core.config.model import ModelConfig
 from collie_core.config.optimizer import LRSchedulerConfig
 from collie_core.config.parallel import ParallelConfig
+from collie_core.config.server import ServerConfig
 from collie_core.config.tokenizer import TokenizerConfig
 from collie_core.config.train import TrainConfig
 from collie_core.errors import ConfigError, PluginError, Problem
@@ -84,6 +85,9 @@ class RunConfig(ConfigModel):
         list[_Tracker],
         BeforeValidator(_trackers, json_schema_input_type=_Tracker | Literal["none"] | list[_Tracker]),
     ] = Field([], description="Trackers, besides metrics.jsonl and report.html: names, or sections with `type`.")
+    server: Annotated[ServerConfig, OfKind("server")] | None = Field(
+        None, description="Ask the model while it trains: `type`, and the server's own fields."
+    )
     deepspeed: PlainMapping = Field({}, description="Keys laid over the DeepSpeed configuration that CoLLiE makes.")
     plugins: PluginsConfig = Field(PluginsConfig(), description="Installed plugins.")
 

@@ -15,7 +15,7 @@ from collie_core.errors import PluginError
 from collie_core.plugins import CORE, Entry, Plugins
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_KINDS = ("optimizer", "adapter", "metric", "evaluator", "tracker")  # those that have a section in the file
+_KINDS = ("optimizer", "adapter", "metric", "evaluator", "tracker", "server")  # those that have a section in the file
 
 
 def json_schema(registry: Plugins) -> dict[str, Any]:

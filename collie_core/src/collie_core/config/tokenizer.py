@@ -16,4 +16,4 @@ class TokenizerConfig(ConfigModel):
         "pretrained",
         description="pretrained: from a folder or hub id. byte: one token per byte, needs no file.",
     )
-    name_or_path: str | None = Field(None, min_length=1, description="A folder or hub id; default: the model's.")
+    name_or_path: str | None = Field(None, min_length=1, description="A folder, URL or hub id; default: the model's.")

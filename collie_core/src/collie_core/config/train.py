@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from collie_core.config.base import ConfigModel
+from collie_core.config.base import ConfigModel, LocalFolder
 
 
 class TrainConfig(ConfigModel):
@@ -25,11 +25,19 @@ class TrainConfig(ConfigModel):
     )
     max_grad_norm: float | None = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0: never.")
     seed: NonNegativeInt = Field(42, lt=2**31, description="Of weights, dropout and the order of samples.")
+    on_nan: Literal["stop", "skip", "rewind"] = Field(
+        "stop",
+        description="When loss or gradients of a step are no numbers, or the loss jumps: stop the run; leave the step "
+        "out; or leave it out and go back to the weights of the last checkpoint.",
+    )
+    spike_factor: float | None = Field(
+        None, gt=1, description="A loss so many times the mean of the last 50 is a jump; null: it is not looked at."
+    )
     logging_steps: PositiveInt = Field(
         1, description="Steps between two rows of metrics.jsonl; an evaluation has one too."
     )
     monitors: list[Literal["host", "disk", "network"]] = Field(
         [], description="Numbers of the main rank's machine in each row: CPU and memory, disk traffic, network traffic."
     )
-    output_dir: str = Field("runs/run", min_length=1, description="The folder of this run.")
+    output_dir: LocalFolder = Field("runs/run", description="The folder of this run.")
     overwrite_output_dir: bool = Field(False, description="Replace the run that output_dir holds already.")

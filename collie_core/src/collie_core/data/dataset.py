@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from bisect import bisect_right
@@ -23,6 +22,7 @@ from collie_core.data.formats import DataStats, Encoder, Format, Sample, detect_
 from collie_core.data.loader import IGNORE
 from collie_core.data.sources import Row, Source, handed_rows
 from collie_core.errors import DataError
+from collie_core.storage import user_cache
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -190,7 +190,7 @@ def cache_root(setting: str | None) -> Path:
     """The folder of tokenised data: `data.cache_dir`, or `collie/datasets` in the user's cache."""
     if setting is not None:
         return Path(setting).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "collie" / "datasets"
+    return user_cache("datasets")
 
 
 def _cached(source: Source, encoder: Encoder, root: Path) -> Part:

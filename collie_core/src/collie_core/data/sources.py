@@ -1,4 +1,4 @@
-"""Files and hub data sets as rows, each with its origin for the error sentence.
+"""Files, also by URL, and hub data sets as rows, each with its origin for the error sentence.
 
 Values are handed on as written: nothing is coerced, guessed or filled in. JSON and text are read here, since
 only that gives the file and line of what is broken; CSV, parquet and the hub go through `datasets`.
@@ -11,9 +11,10 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from collie_core import storage
 from collie_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,12 +33,18 @@ class Source:
 
     Raises:
         DataError: no such file, a folder, or a suffix that no reader knows.
+        StorageError: a URL from which nothing can be fetched.
     """
 
     def __init__(self, config: SourceConfig) -> None:
         self.config = config
         self.name = config.path
-        path = Path(config.path).expanduser()
+        self.is_url = storage.is_url(config.path)
+        if self.is_url:
+            _reader(config.path)
+            path = storage.fetch(config.path)
+        else:
+            path = Path(config.path).expanduser()
         self.path = path if _is_local(path, config.path) else None
         self._hub: Any = None  # the loaded data set, so that it is looked up once
 
@@ -45,6 +52,8 @@ class Source:
         """What the rows depend on: a changed file has another identity."""
         if self.path is None:
             return ["hub", self.name, self._hub_rows()._fingerprint]
+        if self.is_url:
+            return ["url", self.name, storage.version_of(self.path), self.config.split]
         file = self.path.stat()
         return ["file", str(self.path.resolve()), file.st_size, file.st_mtime_ns, self.config.split]
 
@@ -57,8 +66,9 @@ class Source:
         if self.path is None:
             rows = _numbered(self._hub_rows(), self.name)
         else:
-            read, path = READERS[self.path.suffix.lower()], self.path
-            rows = _sliced(lambda: read(path), self.config.split, self.name)
+            read, path = _reader(self.name), self.path
+            shown = self.name if self.is_url else str(path)
+            rows = _sliced(lambda: read(path, shown), self.config.split, self.name)
         try:
             first = next(rows, None)
         except OSError as error:
@@ -94,14 +104,19 @@ def _is_local(path: Path, written: str) -> bool:
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)
         known = ", ".join(files[:5]) if files else f"it has no {' '.join(READERS)}"
         raise DataError(f"{written} is a folder; name a file in it ({known})")
-    suffix = path.suffix.lower()
     if path.exists():
-        if suffix not in READERS:
-            raise DataError(f"{written}: unknown kind of file {suffix!r}; known are {' '.join(READERS)}")
+        _reader(written)
         return True
-    if suffix in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", written):
+    if path.suffix.lower() in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", written):
         raise DataError(f"{written} does not exist{_nearest(path)}")
     return False
+
+
+def _reader(written: str) -> Reader:
+    suffix = PurePosixPath(written).suffix.lower()
+    if suffix not in READERS:
+        raise DataError(f"{written}: unknown kind of file {suffix!r}; known are {' '.join(READERS)}")
+    return READERS[suffix]
 
 
 def _nearest(path: Path) -> str:
@@ -128,57 +143,60 @@ def _load_hub(name: str, split: str) -> Any:
 
 # -- readers ------------------------------------------------------------------------------------------------
 
+Reader = Callable[[Path, str], Iterator[Row]]
+"""(file, its name in messages) -> its rows."""
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+
+def _read_jsonl(path: Path, name: str) -> Iterator[Row]:
+    for number, line in _lines(path, name):
         if not line.isspace() and line:
-            values = _parse(line, path, first_line=number)
-            yield Row(f"{path}:{number}", _mapping(values, f"{path}:{number}"))
+            values = _parse(line, name, first_line=number)
+            yield Row(f"{name}:{number}", _mapping(values, f"{name}:{number}"))
 
 
-def _read_json(path: Path) -> Iterator[Row]:
+def _read_json(path: Path, name: str) -> Iterator[Row]:
     """A list of objects, `{"data": [...]}`, or objects line by line. The file is read whole."""
-    text = _decode(path.read_bytes(), path, line=1)
+    text = _decode(path.read_bytes(), name, line=1)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under the name of JSON
-            yield from _read_jsonl(path)
+            yield from _read_jsonl(path, name)
             return
-        content = _parse(text, path)
+        content = _parse(text, name)
     except (ValueError, RecursionError):
-        content = _parse(text, path)
+        content = _parse(text, name)
     if isinstance(content, dict):
         content = content.get("data", [content])
     if not isinstance(content, list):
-        raise DataError(f'{path} holds neither a list of objects nor {{"data": [...]}}')
-    yield from handed_rows(content, str(path))
+        raise DataError(f'{name} holds neither a list of objects nor {{"data": [...]}}')
+    yield from handed_rows(content, name)
 
 
-def _read_text(path: Path) -> Iterator[Row]:
+def _read_text(path: Path, name: str) -> Iterator[Row]:
     """One sample per line; blank lines are skipped."""
-    for number, line in _lines(path):
+    for number, line in _lines(path, name):
         if line and not line.isspace():
-            yield Row(f"{path}:{number}", {"text": line})
+            yield Row(f"{name}:{number}", {"text": line})
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path, name: str) -> Iterator[Row]:
     """Every value as the text it is written with: "NA" and "007" stay what they are."""
     import csv
 
     from datasets import Features, Value
 
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        names = next(csv.reader(file), [])
-    columns = Features({name: Value("string") for name in names})
-    return _numbered(_stream("csv", path, features=columns, keep_default_na=False), str(path))
+        header = next(csv.reader(file), [])
+    columns = Features({column: Value("string") for column in header})
+    return _numbered(_stream("csv", path, name, features=columns, keep_default_na=False), name)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    return _numbered(_stream("parquet", path), str(path))
+def _read_parquet(path: Path, name: str) -> Iterator[Row]:
+    return _numbered(_stream("parquet", path, name), name)
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Reader] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -187,52 +205,52 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     """Line numbers and lines without their ends. Only \\n ends a line: U+2028 and the like do not."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            line = _decode(raw, path, line=number)
+            line = _decode(raw, name, line=number)
             yield number, (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
 
 
-def _decode(raw: bytes, path: Path, *, line: int) -> str:
+def _decode(raw: bytes, name: str, *, line: int) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode("utf-8")
         raise DataError(
-            f"{_place(path, before, line)}: byte 0x{raw[error.start]:02x} is not UTF-8; save it as UTF-8"
+            f"{_place(name, before, line)}: byte 0x{raw[error.start]:02x} is not UTF-8; save it as UTF-8"
         ) from error
 
 
-def _parse(text: str, path: Path, *, first_line: int = 1) -> Any:
+def _parse(text: str, name: str, *, first_line: int = 1) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        place = _place(path, text[: error.pos], first_line)
+        place = _place(name, text[: error.pos], first_line)
         raise DataError(f"{place}: this is not JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # NaN, an integer of thousands of digits, endless nesting
-        raise DataError(f"{path}:{first_line}: this is not JSON: {_sentence(error)}") from error
+        raise DataError(f"{name}:{first_line}: this is not JSON: {_sentence(error)}") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"JSON has no {name}")
 
 
-def _place(path: Path, before: str, first_line: int) -> str:
+def _place(name: str, before: str, first_line: int) -> str:
     """file:line:column of the character after `before`."""
     line = first_line + before.count("\n")
-    return f"{path}:{line}:{len(before) - before.rfind(chr(10))}"
+    return f"{name}:{line}:{len(before) - before.rfind(chr(10))}"
 
 
-def _stream(kind: str, path: Path, **options: Any) -> Iterator[Any]:
+def _stream(kind: str, path: Path, name: str, **options: Any) -> Iterator[Any]:
     """The rows of a local file through `datasets`, which in streaming copies nothing."""
     import datasets
 
     try:
         yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
     except Exception as error:  # (pandas and pyarrow raise types of their own)
-        raise DataError(f"{path} cannot be read as {kind}: {_sentence(error.__cause__ or error)}") from error
+        raise DataError(f"{name} cannot be read as {kind}: {_sentence(error.__cause__ or error)}") from error
 
 
 def _numbered(rows: Iterable[Any], name: str) -> Iterator[Row]:

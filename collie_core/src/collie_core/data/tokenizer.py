@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
+from collie_core import storage
 from collie_core.errors import ModelError
 
 if TYPE_CHECKING:
@@ -39,8 +42,9 @@ def build_tokenizer(section: TokenizerConfig, model: ModelConfig) -> PreTrainedT
             "a model from random weights brings no tokenizer; set tokenizer.name_or_path to a folder or hub "
             "id, or tokenizer.type to byte"
         )
+    folder = storage.local_folder(name)
     try:
-        tokenizer = _tokenizer_class(name).from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # (a torn tokenizer.json raises a bare Exception)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"cannot load a tokenizer from {name}: {reason}") from error
@@ -98,6 +102,25 @@ def _byte_symbols() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {chr(byte): byte for byte in printable}
     return symbols | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+class TokenizerFiles:
+    """The files of a tokenizer, made once: to write a large vocabulary can take as long as a step of training."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._files: dict[Path, bytes] = {}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write them."""
+        if not self._files:
+            with TemporaryDirectory() as scratch:
+                self._tokenizer.save_pretrained(scratch)
+                found = [path for path in Path(scratch).rglob("*") if path.is_file()]
+                self._files = {path.relative_to(scratch): path.read_bytes() for path in found}
+        for path, content in self._files.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

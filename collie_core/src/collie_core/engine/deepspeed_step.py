@@ -25,7 +25,7 @@ from collie_core.engine.step import (
 )
 from collie_core.engine.zero3 import gathered_on_first
 from collie_core.engine.zero_state import zero_states
-from collie_core.errors import RunError
+from collie_core.errors import NotANumber, RunError
 from collie_core.model.shard import install_gradient_hooks
 from collie_core.model.stages import lend, receive_gradients, return_gradients
 
@@ -117,7 +117,7 @@ class DeepSpeedStep:
         """See `Step`. An overflow in float16 skips the update and lowers the loss scale.
 
         Raises:
-            RunError: a gradient is not a number; nothing was updated.
+            NotANumber: a gradient is none; nothing was updated.
         """
         self.engine.step()
         reported = self.engine.get_global_grad_norm()
@@ -125,9 +125,13 @@ class DeepSpeedStep:
         if self.engine.was_step_applied():
             self.scheduler.step()
         elif not self.engine.fp16_enabled():
-            raise RunError(NOT_A_NUMBER.format(norm=norm))
+            raise NotANumber(NOT_A_NUMBER.format(norm=norm))
         lend(self.engine.module)
         return norm
+
+    def discard(self) -> None:
+        """See `Step`."""
+        raise RunError("DeepSpeed cannot forget gradients")
 
     def loss_scale(self) -> dict[str, float]:
         """See `Step`."""

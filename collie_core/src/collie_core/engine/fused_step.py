@@ -30,7 +30,7 @@ from collie_core.engine.step import (
 )
 from collie_core.engine.zero3 import gathered_on_first
 from collie_core.engine.zero_state import GatheredStates
-from collie_core.errors import RunError
+from collie_core.errors import NotANumber, RunError
 from collie_core.model.shard import install_gradient_hooks
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ class FusedStep:
         """See `Step`; the parameters are updated when it returns.
 
         Raises:
-            RunError: several micro-batches; the loss or a gradient is not a number, before anything was updated.
+            RunError: several micro-batches.
+            NotANumber: the loss or a gradient is none, before anything was updated.
         """
         if len(batch.micro_batches) != 1:
             raise RunError(NO_ACCUMULATION.format(number=len(batch.micro_batches)))
@@ -147,16 +148,20 @@ class FusedStep:
         """See `Step`: what is left to do after backward. A step whose float16 gradients overflowed was skipped.
 
         Raises:
-            RunError: a gradient was not a number, and parameters were updated with it.
+            NotANumber: a gradient was none, and parameters were updated with it.
         """
         norm = float(self._norm)
         if not (math.isfinite(norm) or self.scale.active):
-            raise RunError(DAMAGED.format(norm=norm))
+            raise NotANumber(DAMAGED.format(norm=norm), damaged=True)
         if math.isfinite(norm):
             self.optimizer.step()  # it finds no gradient; schedules want to see it called
             self.scheduler.step()
         self.scale.update(overflow=not math.isfinite(norm))
         return norm
+
+    def discard(self) -> None:
+        """See `Step`."""
+        raise RunError("an optimizer that updates in backward has no gradients to forget")
 
     def loss_scale(self) -> dict[str, float]:
         """See `Step`."""
@@ -206,7 +211,7 @@ class FusedStep:
         """Whether the measured gradients may reach the weights; False skips a float16 step that overflowed."""
         finite = bool(self._norm.isfinite())
         if not (finite or self.scale.active):
-            raise RunError(NOT_A_NUMBER.format(norm=float(self._norm)))
+            raise NotANumber(NOT_A_NUMBER.format(norm=float(self._norm)))
         if self.max_grad_norm:
             self._coefficient = clip_coefficient(self._norm, self.max_grad_norm)
         return finite
@@ -217,7 +222,9 @@ class FusedStep:
         if self.topology.dp.size > 1:
             dist.all_reduce(loss, group=self.topology.dp.group)
         if not loss.isfinite():
-            raise RunError(f"the loss is {float(loss)}: nothing was updated. Lower optimizer.lr or look at the samples")
+            raise NotANumber(
+                f"the loss is {float(loss)}: nothing was updated. Lower optimizer.lr or look at the samples"
+            )
 
     def _joined_norm(self) -> Tensor:
         norms = [self._norms[p] for p in self.parameters if p in self._norms and counts_here(p, self.topology)]

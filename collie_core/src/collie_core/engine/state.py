@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 WEIGHT = "weight"
 """The state that is the parameter itself, in the highest precision in which the engine has it."""
+
+PLUGIN = "plugin."
+"""Before the names of states that a plugin keeps in `collie_state`, a dict on a parameter."""
 
 _SCHEDULED = ("params", "lr", "initial_lr")  # of a group: the schedule brings these back
 
@@ -105,13 +108,16 @@ class HeldStates(ParameterStates):
         """See `ParameterStates`."""
         weight = self.parameters[name]
         shape = tuple(getattr(weight, "ds_shape", weight.shape))  # ZeRO-3 has taken it apart
-        return {WEIGHT: Kind(shape, weight.dtype), **_kinds(self.optimizer.state.get(weight, {}), name)}
+        kept = {f"{PLUGIN}{key}": value for key, value in getattr(weight, "collie_state", {}).items()}
+        return {WEIGHT: Kind(shape, weight.dtype), **_kinds({**self.optimizer.state.get(weight, {}), **kept}, name)}
 
     def get(self, name: str, key: str) -> Tensor:
         """See `ParameterStates`."""
         weight = self.parameters[name]
-        found: Tensor = weight if key == WEIGHT else self.optimizer.state[weight][key]
-        return found.detach()
+        if key == WEIGHT:
+            return weight.detach()
+        state: dict[str, Tensor] = self._room(weight, key)
+        return state[key.removeprefix(PLUGIN)].detach()
 
     @torch.no_grad()
     def put(self, name: str, key: str, shape: tuple[int, ...], read: Read) -> None:
@@ -121,7 +127,15 @@ class HeldStates(ParameterStates):
             weight.copy_(read(None))
             return
         device = weight.device if shape else self._scalar_device(name, weight.device)
-        self.optimizer.state[weight][key] = read(None).to(device)
+        self._room(weight, key)[key.removeprefix(PLUGIN)] = read(None).to(device)
+
+    def _room(self, weight: nn.Parameter, key: str) -> dict[str, Any]:
+        """The states of a parameter among which that of a name is: the optimizer's, or those of a plugin."""
+        if not key.startswith(PLUGIN):
+            return cast("dict[str, Any]", self.optimizer.state[weight])
+        if not hasattr(weight, "collie_state"):
+            weight.collie_state = {}  # type: ignore[attr-defined]
+        return cast("dict[str, Any]", weight.collie_state)  # type: ignore[attr-defined]
 
 
 def _kinds(state: Mapping[str, Any], name: str) -> dict[str, Kind]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from collie_core.engine.norms import counts_here, norm_of_model
 from collie_core.engine.pipeline import Backward, one_forward_one_backward
 from collie_core.engine.state import HeldStates, ParameterStates
-from collie_core.errors import RunError
+from collie_core.errors import NotANumber
 from collie_core.model.adapters import UNUSED
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
 from collie_core.model.stages import lend, own_part, receive_gradients, return_gradients, stage_of
@@ -78,7 +78,14 @@ class Step(Protocol):
         """Accumulate gradients over the micro-batches; returns the loss of the global batch, a detached scalar."""
 
     def update(self) -> float:
-        """Clip, update, advance the schedule and clear gradients; returns the gradient norm before clipping."""
+        """Clip, update, advance the schedule and clear gradients; returns the gradient norm before clipping.
+
+        Raises:
+            NotANumber: a gradient is none; there are no gradients any more.
+        """
+
+    def discard(self) -> None:
+        """Forget the gradients of the last `forward_backward`. Only plain torch, without ZeRO, can."""
 
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context of a forward pass."""
@@ -290,13 +297,14 @@ class TorchStep:
         """See `Step`. A step whose float16 gradients overflowed is skipped; its norm is returned as it is.
 
         Raises:
-            RunError: a gradient is not a number; nothing was updated.
+            NotANumber: a gradient is none; nothing was updated.
         """
         self._share_overflow()
         self.scaler.unscale_(self.optimizer)
         norm = self._grad_norm()
         if not (self.scaler.is_enabled() or norm.isfinite()):
-            raise RunError(NOT_A_NUMBER.format(norm=float(norm)))
+            self.discard()
+            raise NotANumber(NOT_A_NUMBER.format(norm=float(norm)))
         if self.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         scale = self.scaler.get_scale()
@@ -307,6 +315,10 @@ class TorchStep:
         self.optimizer.zero_grad(set_to_none=True)
         lend(self._model)
         return float(norm)
+
+    def discard(self) -> None:
+        """See `Step`."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def loss_scale(self) -> dict[str, float]:
         """See `Step`."""

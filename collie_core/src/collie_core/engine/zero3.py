@@ -53,6 +53,10 @@ class Zero3Store:
         parameter.__dict__.update(old.__dict__)
         module._parameters[name] = parameter
         self._init.partition_only(parameter)
+        self._fill(parameter, shape, read)
+
+    def _fill(self, parameter: nn.Parameter, shape: tuple[int, ...], read: Read) -> None:
+        """Give this rank's share its values."""
         share = parameter.ds_tensor  # type: ignore[attr-defined]
         begin = self.topology.dp.rank * share.ds_numel
         end = min(begin + share.ds_numel, math.prod(shape))

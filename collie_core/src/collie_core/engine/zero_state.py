@@ -141,6 +141,7 @@ class _Zero12States(_FlatStates):
 
     def finish(self) -> None:
         """See `ParameterStates`: the copies follow."""
+        self._put_steps.clear()
         self.zero.update_lp_params()
 
 
@@ -183,6 +184,7 @@ class _Zero3States(_FlatStates):
 
     def finish(self) -> None:
         """See `ParameterStates`: small parameters, which every rank has whole, follow."""
+        self._put_steps.clear()
         small = self.zero.persistent_parameters
         if small:
             small[0].partition(small)

@@ -75,6 +75,8 @@ class EvaluationContext:
     precision: Callable[[], AbstractContextManager[Any]]
     predictions: Predictions
     synced: bool = False  # ranks with other samples take part in each forward
+    before_turn: Callable[[], None] = lambda: None
+    """Called before each turn, on all ranks; it may raise, when the run has to end."""
 
     @property
     def counts(self) -> bool:
@@ -105,6 +107,7 @@ class EvaluationContext:
         """
         rest, ranks, first = iter(items), self.topology.dp, 0
         while any(turn := [[*islice(rest, self.batch_size)] for _ in range(ranks.size)]):
+            self.before_turn()
             yield first + ranks.rank, turn[ranks.rank]
             first += ranks.size
 

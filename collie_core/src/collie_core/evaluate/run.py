@@ -91,6 +91,7 @@ def _context(parts: Parts, section: EvaluatorConfig, model: nn.Module, step: int
         dataset=partial(parts.evaluator_dataset, section),
         precision=parts.precision,
         predictions=Predictions(path, parts.config.evaluation.print_samples, parts.topology),
+        before_turn=parts.before_turn,
         synced=parts.training and parts.config.parallel.zero_stage == 3 and parts.topology.dp.size > 1,
     )
 

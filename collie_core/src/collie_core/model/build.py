@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from collie_core import storage
 from collie_core.errors import ModelError
 from collie_core.model.family import StockFamily, unknown_keys
 from collie_core.model.initialize import initialize
@@ -94,7 +95,7 @@ def rows_of_files(section: ModelConfig, registry: Plugins) -> int:
         ModelError: they are those of an adapter, or see `architecture`.
     """
     name = str(section.model_name_or_path)
-    if _saved_adapter(Path(name)) is not None:
+    if _saved_adapter(Path(storage.local_folder(name))) is not None:
         raise ModelError(
             f"model.resize_vocabulary: {name} holds an adapter, whose vocabulary is what it was trained with; name its "
             "base model here, and the folder in adapter.adapter_name_or_path"
@@ -168,7 +169,7 @@ def build_model(
     dtype, store = cast(torch.dtype, config.dtype), store or assign
     if checkpoint is not None:
         load(model, checkpoint, found, partition, topology, dtype=dtype, store=store)
-        _read_generation_config(model, checkpoint.name)
+        _read_generation_config(model, storage.local_folder(checkpoint.name))
     else:
         seed = int(torch.randint(2**63 - 1, ()))
         initialize(model, empty_model(target, config), partition, topology, seed=seed, dtype=dtype, store=store)
@@ -223,14 +224,14 @@ def load_pretrained(
     parallel: ParallelConfig | None = None,
     store: Store | None = None,
 ) -> nn.Module:
-    """The model of a folder or hub id; of an adapter's folder, the base model it names with the adapter on it.
+    """The model of a folder, URL or hub id; of an adapter's folder, the base model it names with the adapter on it.
 
     An adapter's folder says itself which `vocabulary` it was trained with.
 
     Raises:
         ModelError: see `architecture` and `build_model`.
     """
-    folder = Path(str(section.model_name_or_path))
+    folder = Path(storage.local_folder(str(section.model_name_or_path)))
     saved = _saved_adapter(folder)
     if saved is not None:
         section = section.model_copy(update={"model_name_or_path": saved.base})
@@ -391,7 +392,7 @@ def _read_config(section: ModelConfig) -> dict[str, Any]:
 
     name = str(section.model_name_or_path)
     try:
-        raw, _ = PretrainedConfig.get_config_dict(name)
+        raw, _ = PretrainedConfig.get_config_dict(storage.local_folder(name))
     except (OSError, ValueError) as error:
         raise ModelError(f"model.model_name_or_path={name}: {_first_sentence(error)}") from error
     if not raw:

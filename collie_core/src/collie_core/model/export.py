@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from collie_core.model.files import DiskFile, OpenFile
 from collie_core.model.part import Part, part_of
 from collie_core.model.weights import Gathered, save, stays_whole
 from collie_core.topology import Topology
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from collie_core.data.tokenizer import TokenizerFiles
 
 
 def write_folder(path: Path, write: Callable[[Path], None], topology: Topology | None = None) -> None:
@@ -50,15 +53,17 @@ def write_folder(path: Path, write: Callable[[Path], None], topology: Topology |
 def save_pretrained(
     folder: Path,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | TokenizerFiles | None,
     *,
     dtype: torch.dtype,
     topology: Topology | None = None,
     gathered: Gathered = stays_whole,
+    open_file: OpenFile = DiskFile,
 ) -> None:
     """Write the model in `dtype` with its configs, and the tokenizer. Collective; the main rank writes.
 
-    A model that a program handed in does not know its `topology`, so with several ranks it must be given.
+    A model that a program handed in does not know its `topology`, so with several ranks it must be given; and it is
+    written at once, whatever `open_file` is.
 
     Raises:
         RunError: the main rank cannot write.
@@ -70,11 +75,15 @@ def save_pretrained(
     if part is None:
         _save_handed_in(folder, model, dtype, topology, gathered)
     else:
-        save(folder, model, part, gathered, dtype=dtype)
-        if topology.is_main:
+        save(folder, model, part, gathered, dtype=dtype, open_file=open_file)
+
+    def write_rest() -> None:
+        if part is not None:
             write_configs(folder, model, part, dtype)
-    if topology.is_main and tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    topology.on_main(write_rest, failing="the model cannot be written")
 
 
 def write_configs(folder: Path, model: PreTrainedModel, part: Part, dtype: torch.dtype) -> None:
@@ -97,11 +106,13 @@ def _save_handed_in(
             if topology.is_main:
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
                 state[name] = tensor.detach().to("cpu", kind, copy=True)
-    if not topology.is_main:
-        return
-    before = model.config.dtype
-    model.config.dtype = dtype
-    try:
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config.dtype = before
+
+    def write() -> None:
+        before = model.config.dtype
+        model.config.dtype = dtype
+        try:
+            model.save_pretrained(folder, state_dict=state)
+        finally:
+            model.config.dtype = before
+
+    topology.on_main(write, failing="the model cannot be written")

@@ -6,14 +6,15 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from collie_core import storage
 from collie_core.errors import ModelError
 from collie_core.model.boxes import Box, shape_of, slices
 
@@ -74,15 +75,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, name: str | Path) -> Checkpoint:
-        """The safetensors of a folder or hub id, in one file or several with an index.
+        """The safetensors of a folder, URL or hub id, in one file or several with an index.
 
         Raises:
             ModelError: there are none, a file is missing or torn, or the index names one outside its folder.
         """
-        single = _find(name, WEIGHTS)
+        folder = storage.local_folder(str(name))
+        single = _find(folder, WEIGHTS)
         if single is not None:
             return cls(str(name), [single])
-        index = _find(name, INDEX)
+        index = _find(folder, INDEX)
         if index is None:
             raise ModelError(
                 f"{name} has neither {WEIGHTS} nor {INDEX}; weights are read from safetensors files alone, never from "
@@ -90,7 +92,7 @@ class Checkpoint:
             )
         files = []
         for entry in _indexed_files(index):
-            found = _find(name, entry)
+            found = _find(folder, entry)
             if found is None:
                 raise ModelError(f"{index} names {entry}, which is not there")
             files.append(found)
@@ -140,10 +142,44 @@ class Checkpoint:
             self._kinds[key] = Kind(tuple(part.get_shape()), DTYPES[code])
 
 
+class NewFile(Protocol):
+    """A file that is being written, in any order."""
+
+    def write(self, offset: int, values: Tensor, dtype: torch.dtype) -> int:
+        """Put values, converted to `dtype`, at a place in bytes; gives how many bytes they are."""
+
+    def close(self) -> None:
+        """All has come."""
+
+
+OpenFile = Callable[[Path, int], NewFile]
+"""(path, size in bytes) -> where the bytes of that file go."""
+
+
+class DiskFile:
+    """Straight to the disk."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._file = path.open("wb")
+
+    def write(self, offset: int, values: Tensor, dtype: torch.dtype) -> int:
+        """See `NewFile`."""
+        self._file.seek(offset)
+        written = 0
+        for part in values.reshape(-1).split(CHUNK):
+            data = part.detach().to("cpu", dtype).contiguous().view(torch.uint8)
+            written += self._file.write(memoryview(data.numpy()))
+        return written
+
+    def close(self) -> None:
+        """See `NewFile`."""
+        self._file.close()
+
+
 class TensorFile:
     """A new safetensors file, filled box by box in any order: its header is known before its values."""
 
-    def __init__(self, path: Path, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, path: Path, kinds: Mapping[str, Kind], open_file: OpenFile = DiskFile) -> None:
         # Widest types first, as safetensors itself does, so that every tensor is aligned to its entries.
         keys = sorted(kinds, key=lambda key: (-kinds[key].dtype.itemsize, key))
         ends = list(itertools.accumulate(kinds[key].nbytes for key in keys))
@@ -160,17 +196,15 @@ class TensorFile:
         self._kinds = kinds
         self._begins = {key: 8 + len(text) + begin for key, begin in begins.items()}
         self._left = sum(kind.nbytes for kind in kinds.values())
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file = open_file(path, 8 + len(text) + self._left)
+        head = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+        self._file.write(0, head, torch.uint8)
 
     def write(self, key: str, box: Box, values: Tensor) -> None:
         """Fill a box of a tensor with values of its shape, converted to the type of the file."""
         kind = self._kinds[key]
         for start, run in _runs(kind.shape, box, values):
-            self._file.seek(self._begins[key] + start * kind.dtype.itemsize)
-            for part in run.reshape(-1).split(CHUNK):
-                data = part.detach().to("cpu", kind.dtype).contiguous().view(torch.uint8)
-                self._left -= self._file.write(memoryview(data.numpy()))
+            self._left -= self._file.write(self._begins[key] + start * kind.dtype.itemsize, run, kind.dtype)
 
     def close(self, *, complete: bool = True) -> None:
         """Finish the file; `complete`: every entry must have been written."""
@@ -181,7 +215,9 @@ class TensorFile:
 class TensorFolder:
     """The weights of a model in files of limited size, with an index when there are several."""
 
-    def __init__(self, folder: Path, kinds: Mapping[str, Kind], max_file_bytes: float) -> None:
+    def __init__(
+        self, folder: Path, kinds: Mapping[str, Kind], max_file_bytes: float, open_file: OpenFile = DiskFile
+    ) -> None:
         groups = _groups(kinds, max_file_bytes)
         names = [WEIGHTS] if len(groups) == 1 else [_numbered(at, len(groups)) for at in range(1, len(groups) + 1)]
         self._folder, self._kinds, self._names = folder, kinds, names
@@ -189,7 +225,7 @@ class TensorFolder:
         self._file_of: dict[str, TensorFile] = {}
         self._name_of: dict[str, str] = {}
         for name, keys in zip(names, groups, strict=True):
-            self._files.append(TensorFile(folder / name, {key: kinds[key] for key in keys}))
+            self._files.append(TensorFile(folder / name, {key: kinds[key] for key in keys}, open_file))
             self._file_of.update(dict.fromkeys(keys, self._files[-1]))
             self._name_of.update(dict.fromkeys(keys, name))
 
@@ -213,7 +249,7 @@ class TensorFolder:
 # -- finding files ------------------------------------------------------------------------------------------------
 
 
-def _find(name: str | Path, file: str) -> Path | None:
+def _find(name: str, file: str) -> Path | None:
     """A file of a folder, or of a hub id (from the cache, or downloaded); None when it has none of that name."""
     if Path(name).is_dir():
         path = Path(name) / file
@@ -221,7 +257,7 @@ def _find(name: str | Path, file: str) -> Path | None:
     from transformers.utils.hub import cached_file
 
     try:
-        found = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the weights of {name}: {' '.join(str(error).split())}") from error
     return Path(found) if found else None

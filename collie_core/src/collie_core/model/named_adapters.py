@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from collie_core import storage
 from collie_core.errors import ModelError
 from collie_core.model.build import ALONE, adapters_below, base_of_adapter, load_adapter
 from collie_core.model.stages import lend
@@ -59,7 +60,7 @@ def _named(text: str) -> list[tuple[str, Path]]:
     name, equals, folder = text.partition("=")
     if not equals:
         name, folder = "", text
-    path = Path(folder)
+    path = Path(storage.local_folder(folder))
     if not name and (below := adapters_below(path)):
         return [(one.name, one) for one in below]
     saved = base_of_adapter(path)

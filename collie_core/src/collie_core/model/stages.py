@@ -340,8 +340,11 @@ def is_filled(cache: Any) -> bool:
     return cache is not None and cache.get_seq_length() > 0
 
 
-def stage_cache(model: nn.Module) -> Any:
-    """A key-value cache for the layers of this stage; None for a whole model, which makes its own."""
+def stage_cache(model: nn.Module, *, windows: bool = True) -> Any:
+    """A key-value cache for the layers of this stage; None for a whole model, which makes its own.
+
+    Without `windows` layers whose attention is limited to one keep what has left it too.
+    """
     stage = stage_of(model)
     if stage is None:
         return None
@@ -366,4 +369,4 @@ def stage_cache(model: nn.Module) -> Any:
             return next((own for own in stage.owned if layers[own].is_sliding == kind), stage.owned[0])
 
     config: Any = model.config
-    return StageCache(config=config.get_text_config())
+    return StageCache(config=config.get_text_config()) if windows else StageCache()

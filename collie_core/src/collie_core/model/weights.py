@@ -19,7 +19,7 @@ from collie_core.model.boxes import Box as Box
 from collie_core.model.boxes import Piece as Piece
 from collie_core.model.boxes import common, moved, replaced, shape_of, slices, whole
 from collie_core.model.files import Checkpoint as Checkpoint
-from collie_core.model.files import Kind, TensorFolder
+from collie_core.model.files import DiskFile, Kind, OpenFile, TensorFolder
 from collie_core.model.layout import canonical as canonical
 from collie_core.model.layout import file_shapes, shorten
 from collie_core.model.layout import layout as layout
@@ -234,11 +234,12 @@ def save(
     dtype: torch.dtype,
     max_shard_bytes: float = 5e9,
     held: Mapping[str, Tensor] | None = None,
+    open_file: OpenFile = DiskFile,
 ) -> None:
     """Write the weights of the whole model to `folder`, in the layout in which they were read. Collective.
 
     Every tensor goes to its place in the files as soon as it is gathered, so no rank holds more than one. `held` are
-    this rank's tensors by name, where they are not simply those of `model`.
+    this rank's tensors by name, where they are not simply those of `model`; `open_file` says where bytes go.
 
     Raises:
         RunError: the main rank cannot write, on every rank.
@@ -250,7 +251,7 @@ def save(
     files: TensorFolder | None = None
     if part.topology.is_main:
         try:
-            files = TensorFolder(folder, _kinds(part, inventory, dtypes), max_shard_bytes)
+            files = TensorFolder(folder, _kinds(part, inventory, dtypes), max_shard_bytes, open_file)
         except OSError as error:
             failure = error
     for name, value in _stream(held, part.partition.placements, part.topology, gathered, inventory):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +12,11 @@ from typing import IO, Any
 
 from collie_core.hookspecs import Run
 from collie_core.plugins import hookimpl
+from collie_core.report.appended import AppendedFile
 from collie_core.report.metrics import plain
 from collie_core.report.rundir import CSV
+
+logger = logging.getLogger("collie")
 
 
 class CsvFile:
@@ -22,7 +27,7 @@ class CsvFile:
 
     def __init__(self) -> None:
         self._path = Path()
-        self._file: IO[str] | None = None  # open between run start and run end
+        self._file: AppendedFile | None = None  # open between run start and run end
         self._columns: list[str] = []
 
     @hookimpl
@@ -32,7 +37,7 @@ class CsvFile:
         if goes_on := run.step > 0 and self._path.is_file():
             with self._open(self._path, "r") as old:
                 self._columns = next(csv.reader(old), [])
-        self._file = self._open(self._path, "a" if goes_on else "w")
+        self._file = AppendedFile(self._path, fresh=not goes_on)
 
     @hookimpl
     def collie_metrics(self, values: Mapping[str, Any]) -> None:
@@ -54,24 +59,29 @@ class CsvFile:
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        if new := [name for name in row if name not in self._columns]:
+        new = [name for name in row if name not in self._columns]
+        if new and not self._file.is_behind:
             self._widen(new)
-        csv.writer(self._file, lineterminator="\n").writerow(plain(row.get(name)) for name in self._columns)
-        self._file.flush()
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(plain(row.get(name)) for name in self._columns)
+        self._file.write(line.getvalue())
 
     def _widen(self, new: list[str]) -> None:
-        """The whole file again with more columns, put in place at once."""
+        """The whole file again with more columns, put in place at once; where there is no room, with a later row."""
         assert self._file is not None
+        beside, columns = self._path.with_suffix(".csv.new"), self._columns + new
+        try:
+            with self._open(self._path, "r") as old, self._open(beside, "w") as file:
+                rows = list(csv.reader(old))[1:]
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(columns)
+                writer.writerows([*cells, *[""] * (len(columns) - len(cells))] for cells in rows)
+            os.replace(beside, self._path)
+        except OSError as error:
+            logger.warning("%s cannot get the columns %s: %s", self._path, ", ".join(new), error.strerror)
+            return
         self._file.close()
-        self._columns += new
-        beside = self._path.with_suffix(".csv.new")
-        with self._open(self._path, "r") as old, self._open(beside, "w") as file:
-            rows = list(csv.reader(old))[1:]
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(self._columns)
-            writer.writerows([*cells, *[""] * (len(self._columns) - len(cells))] for cells in rows)
-        os.replace(beside, self._path)
-        self._file = self._open(self._path, "a")
+        self._file, self._columns = AppendedFile(self._path), columns
 
     @staticmethod
     def _open(path: Path, mode: str) -> IO[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collie_core.generate import SampleText
 
 TEMPLATE = Path(__file__).with_name("report.html.template")
+
+logger = logging.getLogger("collie")
 
 
 class HtmlReport:
@@ -44,12 +46,14 @@ class HtmlReport:
 
     @hookimpl
     def collie_run_end(self, run: Run, error: BaseException | None) -> None:
-        """Write both files. What ended a run is not hidden behind a disk that is full."""
-        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
-            written = summary(run, error, time.monotonic() - self._started)
-            written["answers"] = answers(self._answers)
+        """Write both files. How a run ended is not hidden behind a disk that is full."""
+        written = summary(run, error, time.monotonic() - self._started)
+        written["answers"] = answers(self._answers)
+        try:
             write_json(run.output_dir / SUMMARY, written)
             write_report(run.output_dir)
+        except OSError as failed:
+            logger.warning("%s has no report: %s", run.output_dir, failed.strerror)
 
 
 def summary(run: Run, error: BaseException | None, seconds: float) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Meter:
         self.started = time.perf_counter()
 
     def add(self, loss: Tensor, tokens: int) -> None:
-        """One step: the loss of the global batch, the tokens this rank read (padding not counted)."""
+        """One step: the loss of the global batch (NaN: it does not count), the tokens this rank read, no padding."""
         self.losses.append(loss)
         self.tokens += tokens
 
@@ -59,7 +59,7 @@ class Meter:
 
         Collective: every data-parallel rank reads at the same step.
         """
-        loss = torch.stack(self.losses).mean().item()  # waits for the device, so the clock is read after it
+        loss = torch.stack(self.losses).nanmean().item()  # waits for the device, so the clock is read after it
         seconds = time.perf_counter() - self.started
         tokens = int(self.topology.sum_over_data(self.tokens))
         self.total_tokens += tokens

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 from collie_core.hookspecs import Run
 from collie_core.plugins import hookimpl
+from collie_core.report.appended import AppendedFile
 from collie_core.report.rundir import METRICS
 
 
@@ -16,12 +17,12 @@ class MetricsFile:
     """Appends a row for each logged step and each evaluation, written out before the next step begins."""
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None  # open between run start and run end
+        self._file: AppendedFile | None = None  # open between run start and run end
 
     @hookimpl
     def collie_run_start(self, run: Run) -> None:
         """Open the file."""
-        self._file = (run.output_dir / METRICS).open("a", encoding="utf-8", newline="\n")
+        self._file = AppendedFile(run.output_dir / METRICS)
 
     @hookimpl
     def collie_metrics(self, run: Run, values: Mapping[str, Any]) -> None:
@@ -45,7 +46,6 @@ class MetricsFile:
             return
         strict = {name: plain(value) for name, value in row.items()}
         self._file.write(json.dumps(strict, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
 
 
 def plain(value: Any) -> Any:

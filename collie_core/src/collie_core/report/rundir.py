@@ -121,7 +121,7 @@ def prepare_run_directory(
             _remove_own_files(output_dir)
         else:
             _cut_record(output_dir, continues)
-        (output_dir / CONFIG).write_text(HEADER + config.to_yaml(), encoding="utf-8")
+        _replace(output_dir / CONFIG, [HEADER + config.to_yaml()])  # cut short, it would no longer be known as ours
         write_json(output_dir / PLUGINS, list(registry_table))
         write_json(output_dir / ENVIRONMENT, environment())
     except OSError as error:
@@ -275,5 +275,5 @@ def _remove_own_files(output_dir: Path) -> None:
             shutil.rmtree(path)
     for folder in (TENSORBOARD, MODEL, BEST, CHECKPOINTS, PREDICTIONS):
         path = output_dir / folder
-        if path.is_dir() and not any(path.iterdir()):
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()

@@ -25,6 +25,7 @@ from collie_peft.adalora_config import FLOAT16, unreachable
 from collie_peft.files import read_config
 from collie_peft.injected import NAME, InjectedAdapter
 
+SENSITIVITY, UNCERTAINTY = "sensitivity", "uncertainty"  # averages, eq. (9) and (10)
 PARTS = {"lora_A": 0, "lora_E": 0, "lora_B": 1}  # and the dimension of the triplets
 
 
@@ -70,6 +71,8 @@ class AdaLoraAdapter(InjectedAdapter):
         config = config or next(config for config, _ in found if config)
         goes_on = bool(run.config.adapter and run.config.adapter.adapter_name_or_path)
         is_pruned = goes_on and 0 < sum(map(sum, masks.values())) < sum(map(len, masks.values()))
+        if run.step > 0:  # from a checkpoint, which has averages as long as there is something to decide
+            is_pruned = not any(run.topology.gather_objects(any(map(_averages, run.model.parameters()))))
         last = 0 if is_pruned else _last_allocation(run, config, goes_on=goes_on)
         run.model.collie_adalora = Schedule(run.model, layers, config, masks, last)  # type: ignore[assignment]
 
@@ -137,7 +140,7 @@ class Schedule:
             a.grad.add_(penalty_gradient(a), alpha=self.penalty)
             b.grad.add_(penalty_gradient(b.T).T, alpha=self.penalty)
         if step <= self.last:
-            self.allocator.update_ipt(self.model)
+            self._average()
 
     @torch.no_grad()
     def after_update(self, step: int, topology: Topology) -> int:
@@ -149,12 +152,30 @@ class Schedule:
             if is_due:
                 self._allocate(topology)
             if step == self.last:
-                self.allocator.reset_ipt()  # the averages are not needed any more
+                self._forget()  # the averages are not needed any more
         if is_due:
             for name, layer in self.layers.items():
                 values = layer.lora_E[NAME]
                 values.masked_fill_(~self.masks[name].to(values.device)[:, None], 0.0)
         return self.rank
+
+    def _average(self) -> None:
+        """peft's averages, which lie on the parameters, so that checkpoints have them."""
+        allocator, parameters = self.allocator, dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            if found := _averages(parameter):
+                allocator.ipt[name] = found[SENSITIVITY]
+                allocator.exp_avg_ipt[name], allocator.exp_avg_unc[name] = found[SENSITIVITY], found[UNCERTAINTY]
+        allocator.update_ipt(self.model)
+        for name in allocator.ipt:
+            kept = {SENSITIVITY: allocator.exp_avg_ipt[name], UNCERTAINTY: allocator.exp_avg_unc[name]}
+            parameters[name].collie_state = kept  # type: ignore[attr-defined]
+
+    def _forget(self) -> None:
+        for parameter in self.model.parameters():
+            if _averages(parameter):
+                parameter.collie_state = {}  # type: ignore[attr-defined]
+        self.allocator.reset_ipt()
 
     def _allocate(self, topology: Topology) -> None:
         """Decide with the scores of one rank of each stage, so that all ranks decide alike."""
@@ -173,6 +194,11 @@ class Schedule:
             return averages[0] * averages[1]
 
         return importance("lora_E").view(-1) + (importance("lora_A").mean(1) + importance("lora_B").mean(0))
+
+
+def _averages(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Of a parameter; empty when there are none."""
+    return getattr(parameter, "collie_state", {})
 
 
 def layers_of(model: nn.Module) -> dict[str, AdaLoraLayer]:

@@ -65,8 +65,6 @@ class AdaLoraConfig(AdapterConfig):
             return f"it looks at gradients before an update, and {optimizer} drops them in backward; use adamw"
         if config.model.dtype == "float16":
             return FLOAT16
-        if config.checkpoint.save_steps is not None:
-            return "its average sensitivities are not part of checkpoints; set checkpoint.save_steps to null"
         if self.adapter_name_or_path is not None:  # its options are in its folder
             return ""
         if self.target_r > self.init_r:

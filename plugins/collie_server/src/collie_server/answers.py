@@ -1,4 +1,4 @@
-"""The answers to one request: events out of the engine's thread, and the shape that clients expect them in."""
+"""The answers to one request: events out of the model's thread, and the shape that clients expect them in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from collie_server.engine import Engine, Event, Job
+from collie_core.api import Answerer, Event, Job, Likelihood, Sampling
 from collie_server.errors import ApiError
 from collie_server.prompts import Prompts
-from collie_server.sampling import Likelihood, Sampling
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
+
+PATIENCE_SECONDS = 1.0  # beyond the time of a request, for the model's thread to say that it is over
 
 FAILURES = {
     "timeout": (504, "the answer took too long and was given up"),
@@ -34,19 +35,19 @@ class Answers:
     """The answers to one request, growing. To be closed, which frees what has not finished.
 
     Args:
-        engine: what writes them.
+        answerer: what writes them.
         prompts: token ids, one for each way of `ways`.
         ways: how they are sampled.
         timeout: seconds until they are given up.
 
     Raises:
-        QueueFull, Closed: see `Engine.submit`.
+        QueueFull, Closed: see `Answerer.submit`.
     """
 
     def __init__(
-        self, engine: Engine, prompts: Sequence[Sequence[int]], ways: Sequence[Sampling], timeout: float
+        self, answerer: Answerer, prompts: Sequence[Sequence[int]], ways: Sequence[Sampling], timeout: float
     ) -> None:
-        self._engine = engine
+        self._answerer = answerer
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Indexed] = asyncio.Queue()  # bounded by the lengths of the answers
         deadline = time.monotonic() + timeout
@@ -55,10 +56,13 @@ class Answers:
             for index, (prompt, way) in enumerate(zip(prompts, ways, strict=True))
         ]
         self.completion_tokens = 0
-        engine.submit(self.jobs)
+        answerer.submit(self.jobs)
+        # The model's thread looks at the time between two steps of a run, which may be far apart.
+        late = Indexed(0, Event(finish="timeout"))
+        self._timer = self._loop.call_later(timeout + PATIENCE_SECONDS, self._events.put_nowait, late)
 
     def _deliverer(self, index: int) -> Any:
-        def deliver(event: Event) -> None:  # in the engine's thread
+        def deliver(event: Event) -> None:  # in the model's thread
             with suppress(RuntimeError):  # the loop is closed: a pass has outlived the server
                 self._loop.call_soon_threadsafe(self._events.put_nowait, Indexed(index, event))
 
@@ -85,7 +89,8 @@ class Answers:
 
     def close(self) -> None:
         """Nobody waits for them any more."""
-        self._engine.cancel([job for job in self.jobs if not job.over])
+        self._timer.cancel()
+        self._answerer.cancel([job for job in self.jobs if not job.over])
 
 
 class Shape:
@@ -102,6 +107,7 @@ class Shape:
         self._chat = chat
         self._offsets: dict[int, int] = {}  # characters of the tokens named so far
         self._begun: set[int] = set()
+        self._seen: list[int] = []  # the first and the last step of the weights so far
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",
             "created": int(time.time()),
@@ -112,7 +118,8 @@ class Shape:
         """The answer of a request that is not streamed."""
         kind = "chat.completion" if self._chat else "text_completion"
         listed = [self._choice(index, events, streamed=False) for index, events in enumerate(choices)]
-        return {**self._head, "object": kind, "choices": listed, "usage": usage}
+        steps = self._steps([event for events in choices for event in events])
+        return {**self._head, **steps, "object": kind, "choices": listed, "usage": usage}
 
     def chunk(self, batch: Sequence[Indexed]) -> dict[str, Any] | None:
         """One chunk of a stream; None when there is nothing to tell yet."""
@@ -121,11 +128,18 @@ class Shape:
             grouped.setdefault(index, []).append(event)
         told = {index: events for index, events in grouped.items() if any(map(_tells, events))}
         choices = [self._choice(index, events, streamed=True) for index, events in told.items()]
-        return self._chunk(choices) if choices else None
+        events = [event for index in told for event in told[index]]
+        return self._chunk(choices) | self._steps(events) if choices else None
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         """The chunk after the last choice has ended."""
         return self._chunk([]) | {"usage": usage}
+
+    def _steps(self, events: Sequence[Event]) -> dict[str, int]:
+        """Of the weights that chose the last token and the first, their optimizer steps; {} where weights are fixed."""
+        self._seen += [event.step for event in events if event.step is not None]
+        self._seen = [min(self._seen), max(self._seen)] if self._seen else []
+        return {"collie_step": self._seen[1], "collie_first_step": self._seen[0]} if self._seen else {}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"

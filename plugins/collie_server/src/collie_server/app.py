@@ -1,23 +1,24 @@
-"""The application: OpenAI's endpoints over the engine, the pages, and what says how the server is."""
+"""The application: OpenAI's endpoints over the models, the pages, and what says how server and run are."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from collie_core.api import Answerer, Closed, Event, Live, QueueFull
 from collie_server.answers import Answers, Indexed, Shape
-from collie_server.engine import Closed, Engine, Event, QueueFull
 from collie_server.errors import ApiError, invalid
 from collie_server.guard import App, Guard, Receive, Scope, Send
 from collie_server.metrics import Counted, Metrics, Watch
@@ -34,19 +35,41 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+STEP = "Collie-Step"  # a header: the optimizer step of the weights; of a stream, when it begins
 SLOW_READER_SECONDS = 60.0  # for taking the rest of a stream after the answer's own time is over
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, and how it is asked."""
+
+    answerer: Answerer
+    prompts: Prompts
 
 
 @dataclass(frozen=True)
 class Service:
     """What the endpoints work with."""
 
-    engine: Engine
-    prompts: Prompts
+    models: Mapping[str, Asked]  # by the names that clients use; the first is asked where a request names none
     metrics: Metrics
-    model_name: str
+    live: Live | None
     started: int  # Unix time
     timeout: float
+
+    def asked(self, name: str | None) -> tuple[str, Asked]:
+        """The model that a request means.
+
+        Raises:
+            ApiError: there is none of this name.
+        """
+        if name is None:
+            return next(iter(self.models.items()))
+        if name in self.models:
+            return name, self.models[name]
+        known = " and ".join(map(repr, self.models))
+        message = f"the models served here are {known}" if len(self.models) > 1 else f"the model served here is {known}"
+        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def make_app(service: Service, *, token: str | None, max_body_bytes: int) -> App:
@@ -80,17 +103,37 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The one model that is served."""
-        model = {"id": service.model_name, "object": "model", "created": service.started, "owned_by": "collie"}
-        return {"object": "list", "data": [model]}
+        """The model that is served, and the one to compare it with, if there is one.
+
+        `root` is where it comes from, `chat` whether it has a chat template.
+        """
+        fixed = {"object": "model", "created": service.started, "owned_by": "collie"}
+        listed = [
+            {"id": name, **fixed, "root": asked.answerer.name, "chat": asked.prompts.chats}
+            for name, asked in service.models.items()
+        ]
+        return {"object": "list", "data": listed}
 
     @app.get("/health")
     async def health() -> JSONResponse:
         """200 while answers are being written, 503 when they cannot be."""
-        running, waiting = service.engine.load
-        healthy = service.engine.healthy
-        state = {"status": "ok" if healthy else "stopped", "running": running, "waiting": waiting}
-        return JSONResponse(state, 200 if healthy else 503)
+        answerers = [asked.answerer for asked in service.models.values()]
+        running, waiting = (sum(one.load[place] for one in answerers) for place in (0, 1))
+        closed = any(one.closed for one in answerers)
+        state = {"status": "stopped" if closed else "ok", "running": running, "waiting": waiting}
+        return JSONResponse(state, 503 if closed else 200)
+
+    @app.get("/run")
+    async def run(after: Annotated[int, Query(ge=0, lt=2**62)] = 0) -> dict[str, Any]:
+        """The run beside which the server stands; `run` is null where there is none.
+
+        `rows` are those of metrics.jsonl after the first `after`; ask again with `logged` for the next ones.
+        """
+        if (live := service.live) is None:
+            return {"run": None, "logged": 0, "rows": []}
+        logged, rows = live.after(after)
+        facts = {"step": live.step, "max_steps": live.max_steps, "output_dir": live.output_dir}
+        return {"run": facts, "logged": logged, "rows": [_finite(row) for row in rows]}
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -99,6 +142,13 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     for path, file in (("/", "page.html"), ("/docs", "api.html")):
         app.get(path, include_in_schema=False)(_page(file))
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def _page(file: str) -> Callable[[], Awaitable[Response]]:
@@ -114,59 +164,65 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next turn of a conversation."""
-        ids = await asyncio.to_thread(service.prompts.chat, body.messages)
-        return await _answer(service, body, [ids], request)
+        name, asked = service.asked(body.model)
+        ids = await asyncio.to_thread(asked.prompts.chat, body.messages)
+        return await _answer(service, name, body, [ids], request)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What follows a text."""
-        ids = await asyncio.to_thread(lambda: [service.prompts.completion(prompt) for prompt in body.prompts])
-        return await _answer(service, body, ids, request)
+        name, asked = service.asked(body.model)
+        ids = await asyncio.to_thread(lambda: [asked.prompts.completion(prompt) for prompt in body.prompts])
+        return await _answer(service, name, body, ids, request)
 
 
 async def _answer(
-    service: Service, body: ChatRequest | CompletionRequest, ids: Sequence[list[int]], request: Request
+    service: Service, name: str, body: ChatRequest | CompletionRequest, ids: Sequence[list[int]], request: Request
 ) -> Response:
-    _check(service, body, len(ids))
-    ways = sampling_of(body, ids, service.prompts.limits)
+    answerer, prompts = service.models[name].answerer, service.models[name].prompts
+    _check(answerer, body, len(ids))
+    ways = sampling_of(body, ids, prompts.limits)
     watch = Watch(service.metrics)
     try:
-        answers = Answers(service.engine, [one for one in ids for _ in range(body.n)], ways, service.timeout)
+        answers = Answers(answerer, [one for one in ids for _ in range(body.n)], ways, service.timeout)
     except QueueFull:
         message = "too many requests are waiting; try again in a moment"
         raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"}) from None
     except Closed:
         raise ApiError(503, "the server is being stopped", code="closed") from None
-    generation = Generation(service, answers, watch, sum(map(len, ids)), chat=isinstance(body, ChatRequest))
+    shape = Shape(prompts, name, chat=isinstance(body, ChatRequest))
+    generation = Generation(service.metrics, answers, watch, sum(map(len, ids)), shape)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(generation.stream(usage=usage), generation.finish, service.timeout + SLOW_READER_SECONDS)
+        return EventStream(
+            generation.stream(usage=usage),
+            generation.finish,
+            service.timeout + SLOW_READER_SECONDS,
+            headers={} if answerer.step is None else {STEP: str(answerer.step)},
+        )
     try:
         return await _unless_gone(generation.whole(), request)
     finally:
         generation.finish()
 
 
-def _check(service: Service, body: ChatRequest | CompletionRequest, prompts: int) -> None:
-    if body.model is not None and body.model != service.model_name:
-        message = f"the model served here is {service.model_name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+def _check(answerer: Answerer, body: ChatRequest | CompletionRequest, prompts: int) -> None:
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only together with stream: true", param="stream_options")
-    if prompts * body.n > service.engine.capacity:
-        message = f"n: at most {service.engine.capacity} answers can be written at once"
+    if prompts * body.n > answerer.capacity:
+        message = f"n: at most {answerer.capacity} answers can be written at once"
         raise ApiError(400, message, param="n")
 
 
 class Generation:
     """The answers to one request, as a whole or as a stream."""
 
-    def __init__(self, service: Service, answers: Answers, watch: Watch, prompt_tokens: int, *, chat: bool) -> None:
-        self._service = service
+    def __init__(self, metrics: Metrics, answers: Answers, watch: Watch, prompt_tokens: int, shape: Shape) -> None:
+        self._metrics = metrics
         self._answers = answers
         self._watch = watch
         self._prompt_tokens = prompt_tokens
-        self._shape = Shape(service.prompts, service.model_name, chat=chat)
+        self._shape = shape
 
     async def whole(self) -> Response:
         """Everything at once."""
@@ -174,7 +230,8 @@ class Generation:
         async for batch in self._events():
             for index, event in batch:
                 choices[index].append(event)
-        return JSONResponse(self._shape.whole(choices, self._usage()))
+        body = self._shape.whole(choices, self._usage())
+        return JSONResponse(body, headers={STEP: str(body["collie_step"])} if "collie_step" in body else {})
 
     async def stream(self, *, usage: bool) -> AsyncGenerator[bytes, None]:
         """Server-sent events. An error after the first of them is an event too."""
@@ -204,7 +261,7 @@ class Generation:
     def finish(self) -> None:
         """Free the slots of answers that nobody waits for any more, and count."""
         self._answers.close()
-        metrics, usage = self._service.metrics, self._usage()
+        metrics, usage = self._metrics, self._usage()
         metrics.prompt_tokens.inc(usage["prompt_tokens"])
         metrics.completion_tokens.inc(usage["completion_tokens"])
         metrics.duration.observe(self._watch.seconds)
@@ -227,8 +284,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], finish: Callable[[], None], timeout: float) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        finish: Callable[[], None],
+        timeout: float,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._events = events
         self._finish = finish  # not the generator's own end: one that has not begun does not end either

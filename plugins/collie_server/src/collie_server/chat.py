@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 HELP = """\
 /reset          forget the conversation
 /system TEXT    begin anew with an instruction; without TEXT, with none
+/compare TEXT   ask both models, if there are two; neither question nor answers are remembered
 /exit           end, as Ctrl-D does; Ctrl-C ends an answer"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Whom to talk to, and how answers are sampled."""
     parser.add_argument("model", metavar="DIR|URL", help="a model or adapter folder, a hub id, or http://host:port")
+    parser.add_argument("--compare", metavar="DIR", help="another model, which /compare asks too; not with a URL")
     parser.add_argument("--token", metavar="X", help="of the server at the URL; default: the variable COLLIE_TOKEN")
     parser.add_argument("--system", metavar="TEXT", default="", help="an instruction before the conversation")
     parser.add_argument("--temperature", type=float, metavar="X", default=0.7, help="default: %(default)s")
@@ -33,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Talk until the end of input."""
     if args.model.startswith(("http://", "https://")):
+        if args.compare is not None:
+            from collie_core.api import RunError
+
+            raise RunError("--compare: the server at the URL has the models; start it with --compare DIR")
         return _talk(args, args.model)
     with _served(args) as url:
         return _talk(args, url)
@@ -43,37 +49,43 @@ def _served(args: argparse.Namespace) -> Iterator[str]:
     """A server of the folder that this process alone knows the token of."""
     import secrets
 
+    from collie_core.api import serve
     from collie_server.http_config import HttpConfig
     from collie_server.serve import build, load
 
-    print(f"loading {args.model}", file=sys.stderr, flush=True)
-    model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     args.token = secrets.token_urlsafe(24)
-    server = build(HttpConfig(port=0, token=args.token))
-    ports: list[int] = []
-    ready = threading.Event()
+    folders = [args.model] if args.compare is None else [args.model, args.compare]
+    loaded = []
+    for folder in folders:
+        print(f"loading {folder}", file=sys.stderr, flush=True)
+        loaded.append(load(folder, trust_remote_code=args.trust_remote_code))
+    places: list[str] = []
     failures: list[BaseException] = []
+    settled, stop = threading.Event(), threading.Event()
 
-    def announce(port: int) -> None:
-        ports.append(port)
-        ready.set()
+    def announce(where: str) -> None:
+        places.append(where)
+        settled.set()
 
-    def serve() -> None:
+    def work() -> None:
         try:
-            server.serve(model, tokenizer, None, announce)
+            compare = loaded[1] if len(loaded) > 1 else None
+            names = (args.model, args.compare or "")
+            server = build(HttpConfig(port=0, token=args.token))
+            serve(server, *loaded[0], compare=compare, names=names, ready=announce, stop=stop)
         except BaseException as error:  # noqa: BLE001 (raised again below, in the thread that waits)
             failures.append(error)
-            ready.set()
+            settled.set()
 
-    thread = threading.Thread(target=serve, name="collie-serve", daemon=True)
+    thread = threading.Thread(target=work, name="collie-model", daemon=True)
     thread.start()
-    ready.wait()
+    settled.wait()
     if failures:
         raise failures[0]
     try:
-        yield f"http://127.0.0.1:{ports[0]}"
+        yield places[0]
     finally:
-        server.stop()
+        stop.set()
         thread.join(5)
 
 
@@ -135,15 +147,43 @@ class Conversation:
             self._begin(next((turn["content"] for turn in self._messages if turn["role"] == "system"), ""))
         elif name == "/system":
             self._begin(rest.strip())
+        elif name == "/compare" and rest.strip():
+            self._compare(rest.strip())
         else:
             print(HELP)
 
     def _turn(self, line: str) -> None:
         """Ask, show the answer as it comes, and keep both unless there was none."""
         self._messages.append({"role": "user", "content": line})
+        if answer := self._show(self._messages, self._options):
+            self._messages.append({"role": "assistant", "content": answer})
+        else:
+            self._messages.pop()
+
+    def _compare(self, line: str) -> None:
+        """Show what each model answers, drawn with the same seed."""
+        import random
+
+        import httpx2
+
+        try:
+            models = self._client.get("/v1/models").raise_for_status().json()["data"]
+        except httpx2.HTTPError as error:
+            print(f"no answer from {self._client.base_url}: {error}")
+            return
+        if len(models) < 2:
+            print("there is one model; start the chat or the server with --compare DIR, or a run with server.compare")
+            return
+        options = {"seed": random.getrandbits(32), **self._options}
+        for model in models:
+            print(f"[{model['id']}: {model['root']}]")
+            self._show([*self._messages, {"role": "user", "content": line}], {**options, "model": model["id"]})
+
+    def _show(self, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+        """Ask, show the answer as it comes, and give it."""
         answer, failure = "", ""
         try:
-            for piece in self._answer():
+            for piece in self._answer(messages, options):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:
@@ -151,12 +191,9 @@ class Conversation:
         except OSError as error:
             failure = str(error)
         print(f"\n{failure}" if failure else "", flush=True)
-        if answer:
-            self._messages.append({"role": "assistant", "content": answer})
-        else:
-            self._messages.pop()
+        return answer
 
-    def _answer(self) -> Iterator[str]:
+    def _answer(self, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
         """The pieces of an answer.
 
         Raises:
@@ -164,7 +201,7 @@ class Conversation:
         """
         import httpx2
 
-        body: dict[str, Any] = {"messages": self._messages, "stream": True, **self._options}
+        body: dict[str, Any] = {"messages": messages, "stream": True, **options}
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from collie_server.engine import Engine
+from collie_core.api import Served
 from collie_server.guard import App, Message, Receive, Scope, Send
 
 PATHS = frozenset(
@@ -16,6 +17,7 @@ PATHS = frozenset(
         "/openapi.json",
         "/health",
         "/metrics",
+        "/run",
         "/v1/models",
         "/v1/completions",
         "/v1/chat/completions",
@@ -27,7 +29,7 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 class Metrics:
     """What `/metrics` tells."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, served: Served) -> None:
         registry = self._registry = CollectorRegistry()
         self.requests = Counter("collie_requests", "Requests by path and status", ["path", "status"], registry=registry)
         self.prompt_tokens = Counter("collie_prompt_tokens", "Tokens of prompts", registry=registry)
@@ -38,8 +40,13 @@ class Metrics:
         self.duration = Histogram(
             "collie_generation_seconds", "From a request to its last token", buckets=SECONDS, registry=registry
         )
-        Gauge("collie_running", "Answers being written", registry=registry).set_function(lambda: engine.load[0])
-        Gauge("collie_waiting", "Answers waiting", registry=registry).set_function(lambda: engine.load[1])
+        self._gauge("collie_running", "Answers being written", lambda: sum(one.load[0] for one in served.answerers))
+        self._gauge("collie_waiting", "Answers waiting", lambda: sum(one.load[1] for one in served.answerers))
+        if (live := served.live) is not None:
+            self._gauge("collie_step", "Finished optimizer steps of the run", lambda: live.step)
+
+    def _gauge(self, name: str, what: str, value: Callable[[], float]) -> None:
+        Gauge(name, what, registry=self._registry).set_function(value)
 
     def text(self) -> bytes:
         """In the text format of Prometheus."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from collie_core.api import Sampling
 from collie_server.errors import ApiError
-from collie_server.sampling import Sampling
 from collie_server.schemas import ChatRequest, CompletionRequest, Message
 
 
@@ -42,13 +42,18 @@ class Prompts:
         self._lock = threading.Lock()  # one tokenizer cannot encode for two threads at once
         self._names = copy.deepcopy(tokenizer)  # so that naming a token never waits for a long prompt
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._tokenizer.chat_template)
+
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The token ids before the assistant's next turn.
 
         Raises:
             ApiError: there is no chat template, it refuses the messages, or they are too long.
         """
-        if not self._tokenizer.chat_template:
+        if not self.chats:
             raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
         turns = [{"role": message.role, "content": message.text} for message in messages]
         try:

@@ -19,23 +19,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from collie_core.api import ModelError
+from collie_core.errors import ModelError
+from collie_core.model.stages import stage_cache
 
 
 class Batch:
     """The keys, values and lengths of the rows.
 
+    On several ranks that hold parts of a model each has its own, and all of them do the same.
+
     Args:
-        model: a causal language model of transformers, with all its weights, in evaluation mode.
+        model: a causal language model of transformers, or this rank's part of one; in evaluation mode when it is used.
+        device: that the model computes on; None: where its parameters lie.
 
     Raises:
         ModelError: it remembers the past otherwise than by keys and values, so rows cannot be aligned.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: torch.device | None = None) -> None:
         _require_keys_and_values(model)
         self._model = model
-        self._device = next(model.parameters()).device
+        self._device = device or next(model.parameters()).device
         self._first = getattr(getattr(model, "collie_virtual_tokens", None), "count", 0)
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's wrapper takes anything
         self._takes = {"position_ids", "logits_to_keep"} & set(inspect.signature(stock.forward).parameters)
@@ -49,13 +53,13 @@ class Batch:
         self._cache: Any = None
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=self._device)  # [B, W]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not inference_mode: what it leaves behind in a module could not be trained with
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Add rows after the others; the logits after each prompt, [rows, V] in float32."""
         width = max(map(len, prompts))
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         ids = torch.tensor([[0] * (width - len(prompt)) + [*prompt] for prompt in prompts])
-        cache, mask = _new_cache(), mask.to(self._device)
+        cache, mask = _new_cache(self._model), mask.to(self._device)
         logits = self._forward(ids.to(self._device), mask, cache)
         if len(self):
             self._pad_to(width)
@@ -65,14 +69,14 @@ class Batch:
         self._cache, self._mask = cache, mask
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append a token to each row; the logits after it, [B, V] in float32."""
         self._mask = pad(self._mask, (0, 1), value=1)
         ids = torch.tensor(tokens, device=self._device).unsqueeze(1)
         return self._forward(ids, self._mask, self._cache)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all other rows, and the columns that only they needed."""
         if not rows:
@@ -105,12 +109,13 @@ class Batch:
         return last
 
 
-def _new_cache() -> Any:
-    # Without the model's config every layer keeps all positions, also where attention is limited to a window: so the
-    # rows stay aligned. The mask limits what is seen.
+def _new_cache(model: Any) -> Any:
+    # Every layer keeps all positions, also where attention is limited to a window: so the rows stay aligned. The mask
+    # limits what is seen.
     from transformers import DynamicCache
 
-    return DynamicCache()
+    cache = stage_cache(model, windows=False)
+    return DynamicCache() if cache is None else cache
 
 
 def _filled(cache: Any) -> list[Any]:
@@ -140,6 +145,8 @@ def _require_keys_and_values(model: Any) -> None:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ModelError(f"a {type(model).__name__} cannot be served: it is no language model of transformers")
     known = (DynamicLayer, DynamicSlidingWindowLayer)
     config = model.config.get_text_config()
     other = [type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) not in known]

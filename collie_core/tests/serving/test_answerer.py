@@ -1,20 +1,35 @@
-"""The engine alone: what it writes is what transformers' `generate` writes, whoever else is there."""
+"""The answerer alone: what it writes is what transformers' `generate` writes, whoever else is there."""
 
 from __future__ import annotations
 
 import queue
+import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from small_models import tiny
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, MambaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
-from collie_core.api import ModelError, put_virtual_tokens
-from collie_server.engine import Closed, Engine, Event, Job, QueueFull
-from collie_server.sampling import Sampling, choose, likelihood
-from collie_server.text import TextStream
+from collie_core.config.model import ModelConfig
+from collie_core.config.tokenizer import TokenizerConfig
+from collie_core.data.tokenizer import build_tokenizer
+from collie_core.errors import ModelError, RunError
+from collie_core.model.virtual_tokens import put_virtual_tokens
+from collie_core.serving.answerer import Answerer, Closed, Event, Job, QueueFull
+from collie_core.serving.batch import Batch
+from collie_core.serving.sampling import Sampling, choose, likelihood
+from collie_core.serving.text import TextStream
 
 LENGTHS = (1, 17, 3, 40, 8, 2, 25, 11)
 
@@ -60,17 +75,42 @@ def ids(events: list[Event]) -> list[int]:
     return [event.likelihood.token for event in events if event.likelihood]
 
 
-class Started(Engine):
+def tiny(tokenizer: Any) -> LlamaForCausalLM:
+    """A model whose greedy answers are lively: its weights are larger than usual."""
+    torch.manual_seed(3)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)}, max_position_embeddings=256)).eval()
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    tokenizer = build_tokenizer(TokenizerConfig(type="byte"), ModelConfig())
+    return SimpleNamespace(tokenizer=tokenizer, model=tiny(tokenizer))
+
+
+class Started(Answerer):
+    """One whose model runs in a thread, as long as the context lasts."""
+
     def __enter__(self) -> Started:
-        self.start()
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
         return self
+
+    def _work(self) -> None:
+        while not self.closed:
+            if self.busy:
+                self.turn()
+            else:
+                time.sleep(0.0005)
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+        self._thread.join()
 
 
 def engine(model: Any, tokenizer: Any, *, slots: int = 4, queue: int = 100, ends: tuple[int, ...] = ()) -> Started:
-    return Started(model, tokenizer, ends=ends, slots=slots, queue=queue)
+    one = Started(model, tokenizer, Batch(model), slots=slots, queue=queue)
+    one._ends = frozenset(ends)
+    return one
 
 
 SIZES = {"vocab_size": 257, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -209,10 +249,12 @@ def test_a_failing_pass_ends_its_answers_and_no_others(small: Any, monkeypatch: 
         assert ids(collected.wait()[0]) == greedy(small.model, prompt, 12)
 
 
-def test_models_with_another_memory_are_refused(small: Any) -> None:
+def test_models_with_another_memory_are_refused() -> None:
     config = MambaConfig(vocab_size=257, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(ModelError, match="models of type mamba cannot be served"):
-        engine(AutoModelForCausalLM.from_config(config), small.tokenizer)
+        Batch(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ModelError, match="a Linear cannot be served"):
+        Batch(torch.nn.Linear(1, 1))
 
 
 def decoded(tokenizer: Any, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
@@ -237,3 +279,17 @@ def test_nothing_of_a_stop_text_is_given_out(small: Any, stop: tuple[str, ...], 
     pieces, stream = decoded(small.tokenizer, small.tokenizer("a E EN b END c EN")["input_ids"], stop)
     assert "".join(pieces) == rest
     assert stream.stopped == (stop != ("zz",))
+
+
+def test_a_small_server_asks_for_pieces_of_text(small: Any) -> None:
+    with engine(small.model, small.tokenizer) as one:
+        asked = small.tokenizer("a b")["input_ids"]
+        asked = asked[:-1] if asked[-1] == small.tokenizer.eos_token_id else asked
+        wanted = small.tokenizer.decode(greedy(small.model, asked, 9), skip_special_tokens=True)
+        assert "".join(one.answer("a b", max_tokens=9)) == wanted
+        with pytest.raises(RunError, match="1 to 255 tokens, and this one has"):
+            next(one.answer("x" * 300))
+        with pytest.raises(RunError, match="given up: timeout"):
+            list(one.answer("a b", timeout=-0.5))
+    with pytest.raises(RunError, match="no answer: Closed"):
+        list(one.answer("a b"))
