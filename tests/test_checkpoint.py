@@ -491,7 +491,7 @@ def test_what_a_run_would_go_on_from_is_told_before(own: Sections, tmp_path: Pat
     for part in (
         f"goes on from  {output}/checkpoints/step-00000004, of 20",
         "files, every one as it was written",
-        "restored      step 4 of 8, epoch 0.8; 32 samples read; 20 parameters; AdamW with exp_avg, exp_avg_sq, step",
+        "restored      step 4 of 8, epoch 0.8; 32 samples read; 38 parameters; AdamW with exp_avg, exp_avg_sq, step",
         "cut anew      data_parallel_size 1 -> 2, zero_stage 0 -> 3: the same numbers to float32 rounding",
         'changed       optimizer.type: "adamw" -> "lion" (the run will refuse this)',
         "changed       train.max_steps: 8 -> 20",

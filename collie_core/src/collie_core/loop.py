@@ -234,6 +234,8 @@ class Trainer:
 
     def _target_tokens(self, batch: StepBatch) -> int:
         """Of the global batch, counted now: a hook may have masked some."""
+        for micro_batch in batch.micro_batches:
+            micro_batch.find_targets()
         return max(1, int(self.topology.sum_over_data(batch.target_tokens)))
 
     def _evaluated(self, model: nn.Module) -> Evaluated:

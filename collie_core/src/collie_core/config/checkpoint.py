@@ -30,7 +30,7 @@ class CheckpointConfig(ConfigModel):
     )
     store: str | None = Field(
         None,
-        description="An fsspec URL, such as s3://bucket/run, where checkpoints, and the model at the end, are kept as well.",
+        description="An fsspec URL such as s3://bucket/run: checkpoints, and the model at the end, are kept there as well.",
     )
     resume_from_checkpoint: str | None = Field(
         None,

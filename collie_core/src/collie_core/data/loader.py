@@ -37,6 +37,13 @@ class Batch:
     labels: Tensor  # [B, L] int64, the target AT each position; -100: none
     position_ids: Tensor | None = None  # [B, L] int64, from 0 in each packed sample; None: one sample per row
     layout: Layout = ()  # which samples lie in each row
+    targets: Tensor | None = None  # [N] int64, places in [B x L] before which there is a target; None: look at all
+
+    def find_targets(self) -> None:
+        """Note where the targets are, as the labels are now."""
+        places = torch.zeros_like(self.labels, dtype=torch.bool)
+        places[:, :-1] = self.labels[:, 1:] != IGNORE
+        self.targets = places.flatten().nonzero().squeeze(-1)
 
     def inputs(self) -> dict[str, Tensor]:
         """The arguments of the model's forward."""
@@ -58,6 +65,7 @@ class Batch:
             self.labels.to(device, non_blocking=non_blocking),
             None if positions is None else positions.to(device, non_blocking=non_blocking),
             self.layout,
+            None if self.targets is None else self.targets.to(device, non_blocking=non_blocking),
         )
 
 

@@ -20,6 +20,7 @@ from collie_core.engine.step import (
     LossFn,
     TrainFn,
     loss_of_copy,
+    plain_head,
     run_micro_batches,
     token_mean_loss,
 )
@@ -64,6 +65,7 @@ class DeepSpeedStep:
         self.around = around
         self.curvature = curvature
         install_gradient_hooks(model)
+        self.head = plain_head(model)
         lend(model)  # in the precision of the engine
 
     @property

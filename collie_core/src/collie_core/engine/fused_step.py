@@ -25,6 +25,7 @@ from collie_core.engine.step import (
     LossFn,
     TrainFn,
     autocast,
+    plain_head,
     run_micro_batches,
     token_mean_loss,
 )
@@ -110,6 +111,7 @@ class FusedStep:
         install_gradient_hooks(model)  # before ours: they complete gradients
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._receive)
+        self.head = plain_head(model)
 
     @property
     def model(self) -> nn.Module:

@@ -28,7 +28,7 @@ FONTS = "<fontconfig><dir>{folder}/fonts</dir><cachedir>{folder}/fonts/cache</ca
 def find() -> Path | None:
     """The executable, or None."""
     if folder := os.environ.get("COLLIE_CHROMIUM"):
-        path = Path(folder)
+        path = Path(folder).resolve()
         return path / "chromium" if path.is_dir() else path
     found = next(filter(None, map(shutil.which, NAMES)), None)
     return Path(found) if found else None
