@@ -13,8 +13,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from collie_core.data.loader import IGNORE, Batch
 from collie_core.engine import target_loss as module
-from collie_core.engine.step import plain_head, stage_output, token_mean_loss
-from collie_core.engine.target_loss import target_loss
+from collie_core.engine.step import stage_output, token_mean_loss
+from collie_core.engine.target_loss import Head, target_loss
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -47,7 +47,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
 
-def run(model: Any, batch: Batch, head: nn.Linear | None, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+def run(model: Any, batch: Batch, head: Head | None, count: int) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = stage_output(model, batch, None, count, loss_fn=token_mean_loss, train_fn=None, head=head)
     loss.backward()
@@ -62,9 +62,10 @@ def test_loss_and_gradients_are_those_of_whole_logits(
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
     model, batch = llama(tie_word_embeddings=tied), batch_of(find=find)
-    head = plain_head(model)
-    assert head is model.lm_head
+    head = Head.of(model)
+    assert head is not None
     loss, found = run(model, batch, head, 20)
+    assert run(model, batch, head, 20)[0] == loss  # the model is known by now
     expected, wanted = run(model, batch, None, 20)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert found.keys() == wanted.keys()
@@ -92,12 +93,12 @@ def test_a_micro_batch_without_targets_and_a_frozen_head() -> None:
     model, batch = llama(), batch_of()
     batch.labels.fill_(IGNORE)
     batch.find_targets()
-    loss, found = run(model, batch, model.lm_head, 5)
+    loss, found = run(model, batch, Head(model.lm_head), 5)
     assert loss == 0
     assert not any(gradient.any() for gradient in found.values())
     model.lm_head.requires_grad_(False)
     batch = batch_of()
-    loss, found = run(model, batch, model.lm_head, 5)
+    loss, found = run(model, batch, Head(model.lm_head), 5)
     expected, wanted = run(model, batch, None, 5)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert "lm_head.weight" not in found
@@ -109,7 +110,7 @@ def test_targets_that_are_taken_away_later_do_not_count() -> None:
     """A hook may mask labels after the places were noted."""
     model, batch = llama(), batch_of()
     batch.labels[0, 12:] = IGNORE
-    loss, _ = run(model, batch, model.lm_head, 20)
+    loss, _ = run(model, batch, Head(model.lm_head), 20)
     expected, _ = run(model, batch, None, 20)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
@@ -118,7 +119,7 @@ def test_below_float32_the_error_is_that_of_whole_logits() -> None:
     model, batch = llama(vocabulary=300), batch_of(vocabulary=300)
     exact, truth = run(model, batch, None, 20)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, found = run(model, batch, model.lm_head, 20)
+        loss, found = run(model, batch, Head(model.lm_head), 20)
         coarse, wanted = run(model, batch, None, 20)
     assert abs(loss - exact) <= 2 * abs(coarse - exact) + 1e-3
     for name, gradient in truth.items():
@@ -128,7 +129,7 @@ def test_below_float32_the_error_is_that_of_whole_logits() -> None:
 
 def test_backward_may_be_taken_twice() -> None:
     model, batch = llama(), batch_of()
-    loss = stage_output(model, batch, None, 20, loss_fn=token_mean_loss, train_fn=None, head=model.lm_head)
+    loss = stage_output(model, batch, None, 20, loss_fn=token_mean_loss, train_fn=None, head=Head(model.lm_head))
     loss.backward(retain_graph=True)
     once = {name: value.clone() for name, value in gradients(model).items()}
     loss.backward()
@@ -137,15 +138,31 @@ def test_backward_may_be_taken_twice() -> None:
 
 
 def test_a_model_that_does_more_with_its_logits_computes_them_itself() -> None:
+    """Also with dropout: what the first forward drew is drawn again."""
     torch.manual_seed(0)
-    capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=97, head_dim=8, **SIZES))
-    plain = Phi3ForCausalLM(Phi3Config(vocab_size=97, eos_token_id=1, bos_token_id=1, **SIZES))
-    assert plain_head(capped) is None
-    assert plain_head(plain) is plain.lm_head
-    watched = llama()
+    capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=97, head_dim=8, attention_dropout=0.5, **SIZES))
+    watched = llama(attention_dropout=0.5)
     watched.lm_head.register_forward_hook(lambda module, inputs, output: None)
-    assert plain_head(watched) is None
-    assert plain_head(nn.Linear(2, 2)) is None
+    for model in (capped, watched):
+        head = Head.of(model)
+        for _ in range(2):
+            torch.manual_seed(1)
+            expected, wanted = run(model, batch_of(), None, 20)
+            torch.manual_seed(1)
+            loss, found = run(model, batch_of(), head, 20)
+            assert loss == expected
+            assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+    assert Head.of(nn.Linear(2, 2)) is None
+
+
+def test_other_families_lose_nothing() -> None:
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(vocab_size=97, eos_token_id=1, bos_token_id=1, **SIZES))
+    head = Head.of(model)
+    loss, _ = run(model, batch_of(), head, 20)
+    assert head is not None
+    assert head._is_last
+    torch.testing.assert_close(loss, run(model, batch_of(), None, 20)[0], rtol=1e-6, atol=0)
 
 
 class Largest(TorchDispatchMode):
@@ -169,7 +186,7 @@ def test_logits_take_a_quarter_of_the_memory() -> None:
     batch.labels[:] = batch.input_ids
     batch.find_targets()
     peaks = []
-    for head in (None, model.lm_head):
+    for head in (None, Head.of(model)):
         with Largest() as largest:
             run(model, batch, head, 2396)
         peaks.append(largest.bytes)

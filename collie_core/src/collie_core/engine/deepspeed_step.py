@@ -20,10 +20,10 @@ from collie_core.engine.step import (
     LossFn,
     TrainFn,
     loss_of_copy,
-    plain_head,
     run_micro_batches,
     token_mean_loss,
 )
+from collie_core.engine.target_loss import Head
 from collie_core.engine.zero3 import gathered_on_first
 from collie_core.engine.zero_state import zero_states
 from collie_core.errors import NotANumber, RunError
@@ -65,7 +65,7 @@ class DeepSpeedStep:
         self.around = around
         self.curvature = curvature
         install_gradient_hooks(model)
-        self.head = plain_head(model)
+        self.head = Head.of(model)
         lend(model)  # in the precision of the engine
 
     @property

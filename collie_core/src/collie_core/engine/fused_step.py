@@ -25,10 +25,10 @@ from collie_core.engine.step import (
     LossFn,
     TrainFn,
     autocast,
-    plain_head,
     run_micro_batches,
     token_mean_loss,
 )
+from collie_core.engine.target_loss import Head
 from collie_core.engine.zero3 import gathered_on_first
 from collie_core.engine.zero_state import GatheredStates
 from collie_core.errors import NotANumber, RunError
@@ -111,7 +111,7 @@ class FusedStep:
         install_gradient_hooks(model)  # before ours: they complete gradients
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._receive)
-        self.head = plain_head(model)
+        self.head = Head.of(model)
 
     @property
     def model(self) -> nn.Module:

@@ -16,11 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from collie_core.data.loader import Batch
 from collie_core.engine.norms import counts_here, norm_of_model
 from collie_core.engine.pipeline import Backward, one_forward_one_backward
 from collie_core.engine.state import HeldStates, ParameterStates
-from collie_core.engine.target_loss import is_watched, target_loss, without_head
+from collie_core.engine.target_loss import Head, target_loss
 from collie_core.errors import NotANumber
 from collie_core.model.adapters import UNUSED
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from collie_core.data.loader import StepBatch
+    from collie_core.data.loader import Batch, StepBatch
     from collie_core.engine.curvature import Relabel
     from collie_core.hookspecs import CurvatureOptimizer
     from collie_core.topology import Topology
@@ -102,7 +101,7 @@ class Engine(Step, Protocol):
     loss_fn: LossFn
     train_fn: TrainFn | None
     around: Around
-    head: nn.Linear | None  # with which the loss computes; None: the model gives logits
+    head: Head | None  # with which the loss computes; None: the model gives logits
 
 
 class Curvature(NamedTuple):
@@ -140,7 +139,7 @@ def stage_output(
     *,
     loss_fn: LossFn,
     train_fn: TrainFn | None,
-    head: nn.Linear | None = None,
+    head: Head | None = None,
     relabel: Relabel | None = None,
 ) -> Tensor:
     """The share of one micro-batch in the loss of its global batch; before the last stage, its hidden states."""
@@ -153,47 +152,16 @@ def stage_output(
         outputs = stage_forward(model, batch, hidden)
         labels = batch.labels if relabel is None else relabel(outputs.logits, batch, None)
         return loss_fn(outputs, labels, target_tokens)
-    if head is not None and relabel is None and not is_watched(head):
-        with without_head(head):
-            outputs = stage_forward(model, batch, hidden)
-        return target_loss(outputs.logits, head, batch, target_tokens)
+    if head is not None and relabel is None and head.may_be_left_out:
+        with head.left_out():
+            last_hidden = stage_forward(model, batch, hidden).logits
+        if head.was_last(last_hidden):
+            return target_loss(last_hidden, head.module, batch, target_tokens)
     with sharded_logits(model):
         outputs = stage_forward(model, batch, hidden)
     vocabulary = vocabulary_of(model)
     labels = batch.labels if relabel is None else relabel(outputs.logits, batch, vocabulary)
     return token_mean_loss(outputs, labels, target_tokens, vocabulary)
-
-
-def plain_head(model: Any) -> nn.Linear | None:
-    """The head of a whole model or of its last stage, if the loss may compute with it; None: the model shall.
-
-    Runs two tokens through the model to see whether what the head gives is what the model gives.
-    """
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    if type(head) is not nn.Linear or is_watched(head):
-        return None
-    if hasattr(head.weight, "ds_id"):  # ZeRO-3 has its values for a forward of the head alone
-        return None
-    return head if _ends_with(model, head) else None
-
-
-@torch.no_grad()
-def _ends_with(model: Any, head: nn.Linear) -> bool:
-    device = head.weight.device
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    stage, hidden = stage_of(model), None
-    if stage is not None and not stage.is_first:
-        hidden = torch.zeros(1, 2, stage.hidden_size, dtype=head.weight.dtype, device=device)
-    was_training = model.training
-    model.eval()
-    given: list[Tensor] = []
-    try:
-        with without_head(head, given):
-            outputs = stage_forward(model, Batch(ids, ids), hidden)
-    finally:
-        model.train(was_training)
-    return len(given) == 1 and outputs.logits is given[0]
 
 
 def stage_forward(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:
@@ -286,7 +254,7 @@ class TorchStep:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.scaler.scale(torch.zeros((), device=self.device))  # it starts with its first loss, which one stage has
         install_gradient_hooks(model)
-        self.head = plain_head(model)
+        self.head = Head.of(model)
 
     @property
     def model(self) -> nn.Module:

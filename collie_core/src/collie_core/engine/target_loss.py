@@ -9,8 +9,9 @@ Shapes: B rows, L positions, N targets, H hidden entries, V entries of the vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,25 +27,59 @@ if TYPE_CHECKING:
 CHUNK = 1 << 24  # logits at a time: 64 MiB in float32
 
 
-def is_watched(head: nn.Linear) -> bool:
-    """Whether somebody looks at what the head gives."""
-    return bool(head._forward_hooks or head._forward_pre_hooks)
+class Head:
+    """A plain linear layer that gives a model its logits, and of which the loss takes the weights.
 
+    Whether a model gives out what its head gives, and does nothing more with it, its first forward tells.
+    """
 
-@contextmanager
-def without_head(head: nn.Linear, given: list[Tensor] | None = None) -> Iterator[None]:
-    """Inside, the head gives what it gets, and keeps it in `given`."""
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+        self._is_last: bool | None = None  # None: not known yet
+        self._given: list[Tensor] = []
+        self._restore: list[Callable[[], object]] = []  # random numbers to where they were before the first forward
 
-    def forward(hidden: Tensor) -> Tensor:
-        if given is not None:
-            given.append(hidden)
-        return hidden
+    @classmethod
+    def of(cls, model: Any) -> Head | None:
+        """That of a whole model or of its last stage; None: it is of another kind, or ZeRO-3 has taken it apart."""
+        find = getattr(model, "get_output_embeddings", None)
+        head = find() if callable(find) else None
+        return cls(head) if type(head) is nn.Linear and not hasattr(head.weight, "ds_id") else None
 
-    head.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del head.forward
+    @property
+    def may_be_left_out(self) -> bool:
+        """Not if the model does more with its logits, or somebody looks at them."""
+        return self._is_last is not False and not (self.module._forward_hooks or self.module._forward_pre_hooks)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, the head gives what it gets."""
+        device = self.module.weight.device
+        if self._is_last is None:
+            self._restore = [partial(torch.set_rng_state, torch.get_rng_state())]
+            if device.type == "cuda":
+                self._restore.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
+        self._given = []
+
+        def forward(hidden: Tensor) -> Tensor:
+            self._given.append(hidden)
+            return hidden
+
+        self.module.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del self.module.forward
+
+    def was_last(self, logits: Tensor) -> bool:
+        """Whether what the model gave is what the head gave, which got [B, L, H]. If not, a forward with it follows."""
+        given, self._given = self._given, []
+        if self._is_last is None:
+            self._is_last = len(given) == 1 and logits is given[0]
+            if not self._is_last:  # the forward that follows draws the same random numbers
+                for restore in self._restore:
+                    restore()
+        return self._is_last
 
 
 def target_loss(hidden: Tensor, head: nn.Linear, batch: Batch, target_tokens: int) -> Tensor:
