@@ -15,6 +15,7 @@ import peft
 import pytest
 import runs
 import torch
+from combos import more
 from families import reference, write_family
 from plain import PlainRun
 from runs import changed, largest_difference, sections_on
@@ -144,7 +145,7 @@ def digest(folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", [more(name) if name in ("tp2", "tp2dp2") else name for name in TOPOLOGIES])
 def test_a_topology_trains_an_adapter_as_peft_does(
     topology: str, zygote: Any, families: Path, plain: Plain, instructions: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,6 @@ from families import write_family
 from runs import Record, Sections, changed, largest_difference, sections_on
 from safetensors.torch import load_file
 from topologies import sizes_of, world_size_of
-from zygote import RanksFailed
 
 from collie_core.api import CollieError, RunConfig, Trainer
 from collie_core.checkpoint import files
@@ -256,57 +255,6 @@ def train_some(jobs: list[tuple[str, str]], models: Path, data: Path, output: Pa
 
 def copy_some(jobs: Any, source: Path, target: Path, models: Path, data: Path, output: Path, changes: Any) -> None:
     copy_at_start(jobs, source, target, models, data, output, **changes)
-
-
-# -- crashes --------------------------------------------------------------------------------------------------------
-
-
-def killed(own: Sections, where: str, nth: int) -> None:
-    """A run that is killed, with all its handlers and buffers, at the n-th call of a function of the writer."""
-    original, calls = getattr(files, where), iter(range(1, 100))
-
-    def last(*args: Any, **options: Any) -> Any:
-        if next(calls) == nth:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **options)
-
-    setattr(files, where, last)
-    Trainer(RunConfig(**own)).train()
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("topology", "where", "nth", "goes_on_after"),
-    [
-        ("dp1", "commit", 1, 0),  # all but the manifest is there
-        ("dp2", "write_manifest", 2, 2),
-        ("dp1", "_sync", 25, 2),  # some of the files of the second one are on the disk
-        ("dp1", "prune", 3, 6),
-    ],
-)
-def test_killed_while_it_saves(
-    topology: str,
-    where: str,
-    nth: int,
-    goes_on_after: int,
-    models: Path,
-    instructions: Path,
-    zygote: Any,
-    tmp_path: Path,
-    whole: Any,
-) -> None:
-    own = sections(topology, "dropout", models, instructions, tmp_path, checkpoint__save_total_limit=1)
-    size = world_size_of(topology)
-    with pytest.raises(RanksFailed):
-        zygote.run(__file__, "killed", world_size=size, args=(own, where, nth), limit_s=30)
-    ranks = zygote.run(__file__, "train", world_size=size, args=(own,))
-    losses = ranks[0][0]
-    assert len(losses) == STEPS - goes_on_after
-    if size == 1:
-        assert losses == whole["dropout"][goes_on_after:]
-    assert largest_difference(losses, whole["dropout"][goes_on_after:]) <= 1e-5 if len(losses) > 2 else True
-    left = sorted(path.name for path in (tmp_path / "dropout" / "run" / "checkpoints").iterdir())
-    assert left == [f"step-{STEPS:08d}"]
 
 
 # -- signals, records, bad input ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from combos import more
+from combos import in_everything, more
 from fake_dists import write_distribution
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -311,6 +311,7 @@ def test_a_failure_on_one_host_ends_both(hosts: Cable, run_file: Path, site: Pat
         assert job.tells(said) == 1
 
 
+@in_everything
 def test_a_file_that_one_host_lacks_ends_both(hosts: Cable, run_file: Path) -> None:
     """Before there is a process group."""
     files = (run_file, run_file.with_name("missing.yaml"))
@@ -354,6 +355,7 @@ def test_a_stopped_rank_is_named_on_both_hosts(
         assert "in all_reduce\n" in job.said  # where it waits
 
 
+@in_everything
 def test_hosts_that_do_not_agree_end_before_they_start(hosts: Cable, run_file: Path) -> None:
     """Here they would make other groups, and wait for each other."""
     sizes = (2, 1)

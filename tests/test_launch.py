@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from combos import more
 from fake_dists import write_distribution
 from zygote import RanksFailed
 
@@ -159,8 +160,8 @@ def test_under_another_launcher_nproc_is_refused(run_file: Path) -> None:
     ("fault", "said"),
     [
         ("error", "rank 1 of 2 on {host} failed: the cable of rank one is cut"),
-        ("bug", "rank 1 of 2 on {host} failed: ZeroDivisionError: a bug of rank one"),
-        ("kill", "rank 1 of 2 on {host} is gone: its process ended without giving a reason"),
+        more("bug", "rank 1 of 2 on {host} failed: ZeroDivisionError: a bug of rank one"),
+        more("kill", "rank 1 of 2 on {host} is gone: its process ended without giving a reason"),
     ],
 )
 def test_under_torchrun_one_process_tells_why_all_end(fault: str, said: str, run_file: Path, faults: Path) -> None:

@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"lr": 2e-3, "adamw_lr": 1e-3},
 }
 IN_BACKWARD = ("lomo", "adalomo")
-TOPOLOGIES = ["dp2", "tp2", "pp2", "tp2dp2zero1", "dp2zero2", "dp2zero3"]
+TOPOLOGIES = ["dp2", more("tp2"), "pp2", "tp2dp2zero1", more("dp2zero2"), "dp2zero3"]
 
 
 def names_on(topology: str) -> list[str]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+in_everything = pytest.mark.skipif(
+    "COLLIE_TEST_ALL" not in os.environ, reason="one of many combinations; `make everything` tests it"
+)
+"""A test for `make everything` alone."""
+
 
 def more(*values: Any) -> Any:
     """A parameter set for `make everything` alone."""
-    left_out = pytest.mark.skipif(
-        "COLLIE_TEST_ALL" not in os.environ, reason="one of many combinations; `make everything` tests it"
-    )
-    return pytest.param(*values, marks=left_out)
+    return pytest.param(*values, marks=in_everything)
