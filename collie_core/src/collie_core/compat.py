@@ -60,7 +60,7 @@ def transformers_without_values(*, packing: bool) -> Iterator[None]:
     Raises:
         RuntimeError: transformers no longer asks `masking_utils.is_tracing`.
     """
-    masks = import_module("transformers.masking_utils")
+    masks: Any = import_module("transformers.masking_utils")
     find, traces = masks.find_packed_sequence_indices, masks.is_tracing
     if "is_tracing" not in find.__code__.co_names:
         raise RuntimeError("transformers changed find_packed_sequence_indices; collie_core.compat needs an update")
@@ -74,11 +74,16 @@ def transformers_without_values(*, packing: bool) -> Iterator[None]:
 
 @contextmanager
 def deepspeed_without_values() -> Iterator[None]:
-    """Let DeepSpeed (0.19) trust that other ranks hold the same numbers, which fake tensors do not have.
+    """Let DeepSpeed (0.19) trust that other ranks hold the same numbers, and that the device has float16.
+
+    Fake tensors have no numbers, and stand for those of any device.
 
     Raises:
         RuntimeError: DeepSpeed no longer has `assert_ints_same_as_other_ranks` where it compares.
     """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = type(get_accelerator())
     name = "assert_ints_same_as_other_ranks"
     places = [
         import_module(f"deepspeed.runtime.zero.{module}")
@@ -86,12 +91,14 @@ def deepspeed_without_values() -> Iterator[None]:
     ]
     if not all(hasattr(place, name) for place in places):
         raise RuntimeError(f"DeepSpeed no longer has {name}; collie_core.compat needs an update")
-    kept = [getattr(place, name) for place in places]
+    kept, supported = [getattr(place, name) for place in places], accelerator.is_fp16_supported
     for place in places:
         setattr(place, name, lambda ints: None)
+    accelerator.is_fp16_supported = lambda self: True
     try:
         yield
     finally:
+        accelerator.is_fp16_supported = supported
         for place, function in zip(places, kept, strict=True):
             setattr(place, name, function)
 
@@ -114,15 +121,16 @@ def modules_convert_fake_tensors() -> Iterator[None]:
 
     def convert(self: nn.Module, function: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
         for module in self.modules() if recurse else [self]:
-            for parameter in filter(None.__ne__, module._parameters.values()):
-                with torch.no_grad():
-                    parameter.data = function(parameter)
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    with torch.no_grad():
+                        parameter.data = function(parameter)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else function(buffer)
         return self
 
-    nn.Module._apply = convert
+    nn.Module._apply = convert  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module._apply = apply
+        nn.Module._apply = apply  # type: ignore[method-assign]

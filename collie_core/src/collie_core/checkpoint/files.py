@@ -30,6 +30,7 @@ MODEL = "model"  # the weights, or the adapter, as an export has them
 FORMAT = 1
 
 _NAME = re.compile(r"step-(\d{8,})")
+_CHUNK = 1 << 20  # bytes that are hashed at a time
 _LEFTOVER = re.compile(r"\.step-\d+\.(new|old)")
 
 
@@ -133,8 +134,11 @@ def verify(folder: Path) -> Manifest:
 
 def digest(path: Path) -> str:
     """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            found.update(buffer[:size])
+    return found.hexdigest()
 
 
 def begin(parent: Path, step: int) -> Path:

@@ -28,6 +28,7 @@ VERBS = {
     "init": ("collie_core.cli.init", "write a commented configuration to start from"),
     "validate": ("collie_core.cli.validate", "check a configuration without running it"),
     "schema": ("collie_core.cli.schema", "print the JSON Schema of the configuration, plugins included"),
+    "plan": ("collie_core.cli.plan", "say how much memory a run will need, without running it"),
     "train": ("collie_core.cli.train", "train as a configuration says"),
     "eval": ("collie_core.cli.eval", "evaluate a model as a configuration says"),
     "generate": ("collie_core.cli.generate", "complete a prompt with a model"),

@@ -30,7 +30,7 @@ class CheckpointConfig(ConfigModel):
     )
     store: str | None = Field(
         None,
-        description="An fsspec URL such as s3://bucket/run: checkpoints, and the model at the end, are kept there as well.",
+        description="An fsspec URL such as s3://bucket/run: checkpoints, and at the end the model, go there as well.",
     )
     resume_from_checkpoint: str | None = Field(
         None,

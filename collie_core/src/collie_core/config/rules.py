@@ -305,9 +305,7 @@ RULES = (
         "the run begins with no saved model",
         "Set it to the folder of one, or remove it.",
         lambda config: (
-            config.server is not None
-            and config.server.compare == "base"
-            and config.model.model_name_or_path is None
+            config.server is not None and config.server.compare == "base" and config.model.model_name_or_path is None
         ),
     ),
     Rule(

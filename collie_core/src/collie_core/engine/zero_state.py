@@ -59,6 +59,18 @@ class _FlatStates(ParameterStates):
             )
         return self._zero
 
+    def held(self) -> dict[str, list[Tensor]]:
+        """What the engine keeps at this moment beside weights and optimizer state: gradients, and room to send them."""
+        buckets = [bucket.buffer for bucket in self._zero.ipg_buckets.values()]
+        rooms = [one for buffer in buckets for one in (buffer if isinstance(buffer, list) else [buffer])]
+        groups = [group for group in self._zero.averaged_gradients.values() if group is not None]
+        gradients = [one for group in groups for one in (group if isinstance(group, list) else [group])]
+        gradients.append(getattr(self._zero, "grad_partitions_flat_buffer", None))
+        return {
+            "gradients": [one for one in gradients if one is not None],
+            "communication": [one for one in rooms if one is not None],
+        }
+
     @abstractmethod
     def _flat(self, name: str) -> Tensor:
         """The flat tensor in which this rank has its part of a parameter."""

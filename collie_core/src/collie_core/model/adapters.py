@@ -282,7 +282,9 @@ def _keep_own_slices(model: nn.Module, whole: nn.Module, adapter: Adapter, topol
     for stage, found in topology.gather_objects((topology.pp.rank, own)):
         for name, rule in found.items():
             places.setdefault(name, (stage, rule))
-    placements = {name: Placement(name, tuple(value.shape), *places[name]) for name, value in values.items()}
+    placements = {  # all of them, except in a plan, which knows of its own stage alone
+        name: Placement(name, tuple(value.shape), *places[name]) for name, value in values.items() if name in places
+    }
     for value in values.values():  # the whole is kept for its names
         value.data = value.new_full((), torch.nan).expand(value.shape)
     return placements

@@ -1,0 +1,131 @@
+"""`collie plan run.yaml`: how much memory the ranks of a run will hold, without running it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from collie_core.cli._config import add_config_arguments, load_config
+from collie_core.errors import RunError
+
+if TYPE_CHECKING:
+    from collie_core.config.run import RunConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run, for how many processes, and on what."""
+    add_config_arguments(parser)
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument(
+        "--nproc", type=int, metavar="N", help="processes on this machine (default: as few as `parallel:` needs)"
+    )
+    many.add_argument("--gpus", type=int, metavar="N", help="plan for N GPUs, whether there are any here or not")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="say whether the run fits into GPUs of this memory, as in 80GiB"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--measure", action="store_true", help="take two real steps on this machine too, and print what they held"
+    )
+    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)  # what each of the measured processes is told
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 1 when the run does not fit into `--gpu-memory`."""
+    from collie_core.plan.show import parse_bytes
+
+    if args.record:
+        return _measure_here(args)
+    memory = None if args.gpu_memory is None else parse_bytes(args.gpu_memory)
+    config = load_config(args)
+    processes = _processes(args, config)
+    gpu, dtype = _target(args, config)
+    if dtype != config.model.dtype:
+        args.overrides = [*args.overrides, f"model.dtype={dtype}"]
+        config = load_config(args)
+    from collie_core.cli._quiet import quiet_libraries
+    from collie_core.plan.plan import as_object, make_plan
+    from collie_core.plan.remedy import find_remedy
+    from collie_core.plan.show import plan_text, remedy_text, verdict
+
+    quiet_libraries()
+    plan = make_plan(config, processes, gpu=gpu)
+    measured = _measured(args, processes) if args.measure else None
+    fits = memory is None or plan.largest.predicted <= memory
+    if not args.json:
+        print(plan_text(plan, measured), flush=True)
+    if memory is not None and not args.json:
+        print(verdict(plan, memory), flush=True)
+    remedy = None
+    if memory is not None and not fits:
+        remedy = find_remedy(lambda changes: _changed(args, changes), processes, memory, gpu=gpu)
+    if args.json:
+        judged: dict[str, Any] = {} if memory is None else {"gpu_memory_bytes": memory, "fits": fits}
+        judged |= {} if fits else {"would_fit_with": None if remedy is None else remedy.overrides}
+        print(json.dumps(as_object(plan, measured) | judged, indent=2))
+    elif not fits:
+        print(remedy_text(remedy, processes))
+    return 0 if fits else 1
+
+
+def _changed(args: argparse.Namespace, changes: Mapping[str, str | int]) -> RunConfig:
+    from collie_core.config.run import RunConfig
+
+    overrides = [*args.overrides, *(f"{key}={value}" for key, value in changes.items())]
+    return RunConfig.from_yaml(args.config, overrides, notes=[])
+
+
+def _processes(args: argparse.Namespace, config: RunConfig) -> int:
+    for name, number in (("--nproc", args.nproc), ("--gpus", args.gpus)):
+        if number is not None and number < 1:
+            raise RunError(f"{name} {number}: must be at least 1")
+    return args.nproc or args.gpus or config.parallel.fewest_processes
+
+
+def _target(args: argparse.Namespace, config: RunConfig) -> tuple[bool, str]:
+    """Whether to plan for GPUs, and the precision there.
+
+    Raises:
+        RunError: a measurement is wanted on GPUs, and there are none.
+    """
+    import torch
+
+    from collie_core.model.build import compute_dtype
+
+    here, asked = torch.cuda.is_available(), args.gpus is not None or args.gpu_memory is not None
+    if args.measure and asked and not here:
+        raise RunError("--measure takes its steps on this machine, which has no GPU; plan with --nproc instead")
+    if asked and not here:
+        return True, "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    device = torch.device("cuda" if here else "cpu")
+    return here, str(compute_dtype(config.model.dtype, device)).removeprefix("torch.")
+
+
+def _measured(args: argparse.Namespace, processes: int) -> list[int]:
+    """The bytes that each rank held in two real steps, taken in processes of their own."""
+    from collie_core import starter
+
+    with tempfile.TemporaryDirectory(prefix="collie-plan-") as folder:
+        starter.start(processes, ["plan", args.config, "--record", folder, *args.overrides])
+        return [int((Path(folder) / str(rank)).read_text()) for rank in range(processes)]
+
+
+def _measure_here(args: argparse.Namespace) -> int:
+    """One of those processes."""
+    from collie_core import launch
+
+    with launch.reported_to_launcher() as agree:
+        from collie_core.cli._quiet import quiet_libraries
+        from collie_core.plan.measure import measure_rank
+
+        config = load_config(args)
+        agree({})
+        quiet_libraries()
+        held = measure_rank(config)
+        (args.record / f"{int(os.environ['RANK'])}").write_text(str(held))
+    return 0

@@ -1,0 +1,1 @@
+"""How much memory a run will hold, from its own steps on tensors without values."""

@@ -1,0 +1,177 @@
+"""The plan of a run: what each of its ranks will hold, and whether that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from collie_core.config.rules import require_parts
+from collie_core.errors import RunError
+from collie_core.plan.children import each_in_child
+from collie_core.plan.predict import RankPrediction, predict_rank
+
+if TYPE_CHECKING:
+    from collie_core.config.run import RunConfig
+
+GPU_GRANULARITY = 512  # bytes; torch/c10: CUDACachingAllocator, kMinBlockSize
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the axes of a run, and of its batch."""
+
+    tp: int
+    pp: int
+    dp: int
+
+    @classmethod
+    def of(cls, config: RunConfig, processes: int) -> Shape:
+        """For so many processes.
+
+        Raises:
+            RunError: the sizes of `parallel` do not multiply to their number.
+        """
+        tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+        wanted, (copies, rest) = config.parallel.data_parallel_size, divmod(processes, tp * pp)
+        if rest or copies == 0 or wanted not in ("auto", copies):
+            needed = config.parallel.fewest_processes
+            raise RunError(
+                f"tensor_parallel_size={tp}, pipeline_parallel_size={pp} and data_parallel_size={wanted} do not make "
+                f"{processes} processes; plan for {needed}{' or a multiple of it' if wanted == 'auto' else ''}"
+            )
+        return cls(tp, pp, copies)
+
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+        return self.tp * self.pp * self.dp
+
+    def rank(self, place: Place) -> int:
+        """The number of a process; see `Topology`."""
+        return (place.stage * self.dp + place.dp) * self.tp + place.tp
+
+
+class Place(NamedTuple):
+    """Where a rank stands on each axis."""
+
+    stage: int
+    dp: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Ranks that hold the same."""
+
+    ranks: tuple[int, ...]
+    stage: int
+    prediction: RankPrediction
+
+    @property
+    def predicted(self) -> int:
+        """Bytes at the peak."""
+        return self.prediction.peak.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks of a run are predicted to hold."""
+
+    shape: Shape
+    dtype: str
+    batch: str
+    kinds: tuple[Kind, ...]
+
+    @property
+    def largest(self) -> Kind:
+        """The ranks that hold the most."""
+        return max(self.kinds, key=lambda kind: kind.predicted)
+
+    @property
+    def predicted(self) -> dict[int, int]:
+        """Bytes at the peak of each rank."""
+        return {rank: kind.predicted for kind in self.kinds for rank in kind.ranks}
+
+
+def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
+    """Predict every kind of rank of a run: each stage, and each place along the tensor-parallel axis that differs.
+
+    Data-parallel ranks hold the same, except with ZeRO 1 and 2, where the first and the last are predicted. Every
+    prediction runs in a process of its own.
+
+    Args:
+        config: of the run, with the precision that it will have.
+        processes: their number.
+        gpu: whether tensors will lie in the memory of GPUs, where they are rounded up.
+
+    Raises:
+        CollieError: the run cannot be, or not be planned.
+    """
+    require_parts(config, model=False, train_data=True)
+    shape = Shape.of(config, processes)
+    batch = str(config.batch_sizes(shape.dp))
+    granularity = GPU_GRANULARITY if gpu else 1
+
+    def predict(places: Sequence[Place]) -> dict[Place, RankPrediction]:
+        calls = [(config, shape.rank(place), shape.processes, granularity) for place in places]
+        return dict(zip(places, each_in_child(_predict, calls), strict=True))
+
+    copies = [0]
+    if config.parallel.zero_stage in (1, 2) and shape.dp > 1:
+        copies.append(shape.dp - 1)  # they own the ends of flat tensors, and send on the rest at other moments
+    found = predict([Place(stage, dp, 0) for stage in range(shape.pp) for dp in copies])
+    found |= predict([place._replace(tp=tp) for place, first in found.items() for tp in sorted({*first.twins} - {0})])
+    kinds = (
+        Kind(tuple(sorted(map(shape.rank, places))), place.stage, found[place])
+        for place in sorted(found)
+        if (places := list(_alike(place, found, shape)))
+    )
+    return Plan(shape, config.model.dtype, batch, tuple(kinds))
+
+
+def _predict(config: RunConfig, rank: int, processes: int, granularity: int) -> RankPrediction:
+    return predict_rank(config, rank, processes, granularity=granularity)
+
+
+def _alike(place: Place, found: Mapping[Place, RankPrediction], shape: Shape) -> Iterator[Place]:
+    """The places that a prediction holds for. Copies that were not predicted are like the larger of those that were."""
+    copies = {
+        other.dp: found[other].peak.total for other in found if (other.stage, other.tp) == (place.stage, place.tp)
+    }
+    largest = max(copies, key=lambda dp: copies[dp])
+    twins = found[place._replace(tp=0)].twins
+    for dp in range(shape.dp):
+        if place.dp == (dp if dp in copies else largest):
+            yield from (Place(place.stage, dp, tp) for tp in range(shape.tp) if twins[tp] == place.tp)
+
+
+def as_object(plan: Plan, measured: Sequence[int] | None) -> dict[str, Any]:
+    """What `--json` prints."""
+    kind_of = {rank: kind for kind in plan.kinds for rank in kind.ranks}
+    ranks = []
+    for rank, kind in sorted(kind_of.items()):
+        peak = kind.prediction.peak
+        own: dict[str, Any] = {
+            "rank": rank,
+            "stage": kind.stage,
+            "predicted_peak_bytes": peak.total,
+            "phase": peak.phase,
+            "components": peak.components,
+            "phases": {phase: found.total for phase, found in kind.prediction.peaks.items()},
+        }
+        if measured is not None:
+            own["measured_peak_bytes"] = measured[rank]
+        ranks.append(own)
+    shape = plan.shape
+    found = {
+        "processes": shape.processes,
+        "tensor_parallel_size": shape.tp,
+        "pipeline_parallel_size": shape.pp,
+        "data_parallel_size": shape.dp,
+        "dtype": plan.dtype,
+        "batch": plan.batch,
+        "ranks": ranks,
+        "predicted_peak_bytes": sum(plan.predicted.values()),
+    }
+    return found if measured is None else found | {"measured_peak_bytes": sum(measured)}

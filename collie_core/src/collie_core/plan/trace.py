@@ -1,0 +1,177 @@
+"""Which tensors exist at every moment, seen from the operations that make them.
+
+It works on real tensors and on fake ones alike, and takes no memory of its own to speak of: a storage is one number
+from its first tensor until the last tensor on it is gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+COMPONENTS = (
+    "weights",
+    "gradients",
+    "optimizer state",
+    "activations",
+    "logits and loss",
+    "communication",
+    "temporary",
+    "framework",
+)
+PHASES = ("setup", "forward", "backward", "update")
+
+
+INTERNAL: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.logsumexp.default: lambda tensor, *_: tensor.numel() * tensor.element_size()
+}
+"""Operations that copy an argument out of the sight of a trace: the bytes that they take, from their arguments."""
+
+
+@dataclass
+class Storage:
+    """What is known of the memory of one or several tensors."""
+
+    nbytes: int
+    phase: str  # in which it was made
+    shape: tuple[int, ...]  # of its first tensor
+    component: str = ""  # as it was marked; "": not
+    sent: bool = False  # whether a collective has read or written it
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment of a phase, or of all, at which the most bytes were held."""
+
+    components: dict[str, int]  # bytes
+    phase: str
+
+    @property
+    def total(self) -> int:
+        """Bytes of all components."""
+        return sum(self.components.values())
+
+
+@dataclass
+class MemoryTrace(TorchDispatchMode):
+    """A log of storages that come and go, while it is entered.
+
+    Args:
+        granularity: bytes that storages are rounded up to: 512 in torch's allocator of GPU memory, 1 on a CPU.
+    """
+
+    granularity: int = 1
+    phase: str = "setup"
+    vocabularies: set[int] = field(default_factory=set)  # last dimensions of logits
+    storages: list[Storage] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._log: list[tuple[int, int, str]] = []  # (number of a storage, bytes that came or went, phase)
+        self._live: dict[int, tuple[int, Any]] = {}  # by address: number, and a reference that tells its end
+        self._begin = 0
+        self._paused = False
+
+    def begin(self) -> None:
+        """Peaks are those from here on; what exists now counts among them."""
+        self._begin = len(self._log)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, what operations make is not counted."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def mark(self, tensors: Iterable[Tensor | None], component: str) -> None:
+        """Say what tensors are for; what is marked already stays so."""
+        for tensor in tensors:
+            if tensor is not None and (number := self._number(tensor)) is not None:
+                self.storages[number].component = self.storages[number].component or component
+
+    def peaks(self) -> dict[str, Peak]:
+        """The peak of each phase that has passed, from `begin` on."""
+        held, most = 0, dict.fromkeys(PHASES, -1)
+        moments: dict[str, int] = {}
+        for moment, (_, change, phase) in enumerate(self._log):
+            held += change
+            if moment >= self._begin and held > most[phase]:
+                most[phase], moments[phase] = held, moment
+        return {phase: self._at(moment) for phase, moment in moments.items()}
+
+    def _at(self, moment: int) -> Peak:
+        """What was held after an event of the log."""
+        held: dict[int, int] = {}
+        for number, change, _ in itertools.islice(self._log, moment + 1):
+            held[number] = held.get(number, 0) + change
+        found = dict.fromkeys(COMPONENTS, 0)
+        for number, nbytes in held.items():
+            found[self._component(self.storages[number])] += nbytes
+        return Peak(found, self._log[moment][2])
+
+    def _component(self, storage: Storage) -> str:
+        if storage.component:
+            return storage.component
+        if storage.sent and storage.phase != "forward":
+            return "communication"
+        if storage.phase in ("forward", "backward") and storage.shape and storage.shape[-1] in self.vocabularies:
+            return "logits and loss"
+        return {"setup": "framework", "forward": "activations"}.get(storage.phase, "temporary")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._paused or func.namespace == "prim":  # which asks for attributes
+            return result
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._number(tensor)
+        if (internal := INTERNAL.get(func)) is not None:
+            self._pass_by(internal(*args), result)
+        if func.namespace == "c10d":
+            for tensor in tree_iter((args, kwargs)):
+                if isinstance(tensor, Tensor) and (number := self._number(tensor)) is not None:
+                    self.storages[number].sent = True
+        return result
+
+    def _number(self, tensor: Tensor) -> int | None:
+        """Of the storage of a tensor, which comes into the log when it is new; None where there are no bytes."""
+        if tensor.layout != torch.strided:
+            return None
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._live:
+            nbytes = -(-storage.nbytes() // self.granularity) * self.granularity
+            if nbytes == 0 or _device_of(tensor).type == "meta":
+                return None
+            number = len(self.storages)
+            self.storages.append(Storage(nbytes, self.phase, tuple(tensor.shape)))
+            self._live[address] = number, weakref.ref(storage, lambda _: self._end(address))
+            self._log.append((number, nbytes, self.phase))
+        return self._live[address][0]
+
+    def _pass_by(self, nbytes: int, result: Tensor) -> None:
+        """Memory that an operation takes for itself and gives back."""
+        number = len(self.storages)
+        self.storages.append(Storage(nbytes, self.phase, tuple(result.shape), "temporary"))
+        self._log += [(number, nbytes, self.phase), (number, -nbytes, self.phase)]
+
+    def _end(self, address: int) -> None:
+        number, _ = self._live.pop(address)
+        self._log.append((number, -self.storages[number].nbytes, self.phase))
+
+
+def _device_of(tensor: Tensor) -> torch.device:
+    """Without asking the tensor: a fake one would put the question through all modes, at the cost of an operation."""
+    return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device

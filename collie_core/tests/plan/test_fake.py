@@ -1,0 +1,64 @@
+"""What fake tensors answer, and the bends without which a step on them would be another step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from collie_core.compat import modules_convert_fake_tensors, transformers_without_values
+from collie_core.plan.fake import Answers
+
+
+def answers() -> Answers:
+    return Answers()
+
+
+def test_numbers_are_finite_and_nothing_overflows() -> None:
+    with FakeTensorMode(), answers():
+        norm = torch.randn(8).norm()
+        assert bool(norm.isfinite())
+        assert not bool(torch.isfinite(norm).logical_not())
+        assert not bool((~torch.isfinite(torch.randn(3))).any())
+        assert float(norm) == 0.0
+
+
+def test_counts_of_steps_are_true() -> None:
+    with FakeTensorMode(), answers():
+        step = torch.zeros(())
+        step += 1
+        step.add_(1)
+        assert step.item() == 2.0
+
+
+def test_every_token_is_a_target() -> None:
+    with FakeTensorMode(), answers():
+        rows, places = torch.ones(3, 5, dtype=torch.bool).nonzero(as_tuple=True)
+        assert rows.shape == places.shape == (15,)
+
+
+def test_modules_cannot_convert_fake_tensors_by_themselves() -> None:
+    with FakeTensorMode():
+        module = nn.Linear(2, 2)
+        alias = module.weight.view(-1)
+        with pytest.raises(RuntimeError, match="swap"):
+            module.to(torch.bfloat16)
+        with modules_convert_fake_tensors():
+            module.to(torch.bfloat16)
+        assert module.weight.dtype == torch.bfloat16
+        assert alias.dtype == torch.float32
+
+
+def test_transformers_would_mask_fake_tensors_in_another_way() -> None:
+    from transformers import masking_utils
+
+    positions = torch.arange(6)[None]
+    assert masking_utils.find_packed_sequence_indices(positions) is None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.zeros(1, 6, dtype=torch.int64)
+        assert masking_utils.find_packed_sequence_indices(fake) is not None
+        with transformers_without_values(packing=False):
+            assert masking_utils.find_packed_sequence_indices(fake) is None
+        with transformers_without_values(packing=True):
+            assert masking_utils.find_packed_sequence_indices(fake) is not None

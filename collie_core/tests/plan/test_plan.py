@@ -1,0 +1,174 @@
+"""Plans: which ranks are alike, what is refused, and how it reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collie_core.cli import main
+from collie_core.config.run import RunConfig
+from collie_core.errors import CollieError, RunError
+from collie_core.plan.children import each_in_child
+from collie_core.plan.plan import Place, Shape, _alike, make_plan
+from collie_core.plan.predict import RankPrediction, predict_rank
+from collie_core.plan.rehearse import RehearsedParts
+from collie_core.plan.show import bytes_text, parse_bytes, remedy_text
+from collie_core.plan.trace import Peak
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def sections(**changes: Any) -> dict[str, Any]:
+    return {
+        "model": {"config": LLAMA},
+        "tokenizer": "byte",
+        "data": {"train": "unread.jsonl", "max_length": 32},
+        "train": {"max_steps": 3},
+    } | changes
+
+
+def prediction(nbytes: int, twins: tuple[int, ...] = (0,)) -> RankPrediction:
+    return RankPrediction({"forward": Peak({"weights": nbytes}, "forward")}, twins)
+
+
+def test_amounts_of_memory_are_read_and_written() -> None:
+    assert parse_bytes("80GiB") == 80 * 2**30
+    assert parse_bytes(" 24 gb ") == 24 * 10**9
+    assert bytes_text(1536 * 2**20) == "1.50 GiB"
+    assert bytes_text(12) == "12 B"
+    for wrong in ("80", "GiB", "-1GiB", "0GiB", "eighty"):
+        with pytest.raises(RunError, match="80GiB"):
+            parse_bytes(wrong)
+
+
+def test_a_shape_has_the_sizes_of_the_run() -> None:
+    config = RunConfig(**sections(parallel={"tensor_parallel_size": 2}))
+    shape = Shape.of(config, 6)
+    assert shape == Shape(tp=2, pp=1, dp=3)
+    assert shape.rank(Place(stage=0, dp=2, tp=1)) == 5
+    with pytest.raises(RunError, match="plan for 2 or a multiple of it"):
+        Shape.of(config, 3)
+
+
+def test_copies_that_were_not_predicted_are_like_the_largest() -> None:
+    shape = Shape(tp=1, pp=1, dp=4)
+    found = {Place(0, 0, 0): prediction(1), Place(0, 3, 0): prediction(2)}
+    assert [place.dp for place in _alike(Place(0, 0, 0), found, shape)] == [0]
+    assert [place.dp for place in _alike(Place(0, 3, 0), found, shape)] == [1, 2, 3]
+
+
+def test_tensor_parallel_ranks_with_equal_shapes_are_alike() -> None:
+    shape = Shape(tp=3, pp=1, dp=2)
+    twins = (0, 0, 2)
+    found = {Place(0, 0, 0): prediction(2, twins), Place(0, 0, 2): prediction(1, twins)}
+    assert len(list(_alike(Place(0, 0, 0), found, shape))) == 4
+    assert {place.tp for place in _alike(Place(0, 0, 2), found, shape)} == {2}
+
+
+def echo(value: int) -> int:
+    if value < 0:
+        raise RunError("no")
+    return value
+
+
+def test_children_answer_in_order_and_tell_their_errors() -> None:
+    assert each_in_child(echo, [(3,), (1,), (2,)]) == [3, 1, 2]
+    with pytest.raises(RunError, match="no"):
+        each_in_child(echo, [(1,), (-1,)])
+
+
+@pytest.mark.parametrize(
+    ("parallel", "said"),
+    [
+        ({"zero_stage": 2, "offload_optimizer": True}, "parallel.offload_optimizer=true cannot be planned"),
+        ({"zero_stage": 3, "offload_param": True}, "parallel.offload_param=true cannot be planned"),
+    ],
+)
+def test_what_lies_in_host_memory_is_refused(parallel: dict[str, Any], said: str) -> None:
+    with pytest.raises(CollieError, match=said):
+        predict_rank(RunConfig(**sections(parallel=parallel)), 0, 2)
+
+
+def test_the_command_needs_no_weights_and_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(sections()))
+    arguments = ["--gpus", "4", "--gpu-memory", "1MiB", "--json", "parallel.tensor_parallel_size=2"]
+    assert main(["plan", str(path), *arguments]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["data_parallel_size"] == plan["tensor_parallel_size"] == 2
+    assert plan["dtype"] == "bfloat16"
+    assert plan["fits"] is True
+    assert [rank["rank"] for rank in plan["ranks"]] == [0, 1, 2, 3]
+    assert plan["predicted_peak_bytes"] == sum(rank["predicted_peak_bytes"] for rank in plan["ranks"])
+    for rank in plan["ranks"]:
+        assert rank["predicted_peak_bytes"] == sum(rank["components"].values()) == max(rank["phases"].values())
+    assert main(["plan", str(path), "--gpu-memory", "1GiB"]) == 0
+    text = capsys.readouterr().out
+    assert "optimizer state" in text
+    assert "fits: rank 0 would leave" in text
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(sections()))
+    for arguments, said in (
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["--gpu-memory", "lots"], "'lots' is no amount of memory"),
+        (["--gpus", "1", "--measure"], "has no GPU"),
+        (["--nproc", "3", "parallel.tensor_parallel_size=2"], "plan for 2 or a multiple"),
+    ):
+        assert main(["plan", str(path), *arguments]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_what_would_make_it_fit_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(sections(train={"max_steps": 3, "per_device_train_batch_size": 8})))
+
+    def plan(memory: str, *overrides: str) -> Any:
+        code = main(["plan", str(path), "--gpu-memory", memory, "--json", *overrides])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, found = plan("1MiB")
+    assert (code, found["fits"]) == (1, False)
+    assert found["would_fit_with"][0] == "model.gradient_checkpointing=full"
+    code, after = plan("1MiB", *found["would_fit_with"])
+    assert (code, after["fits"]) == (0, True)
+    assert after["batch"].startswith("8 samples per step")
+    code, found = plan("1KiB")
+    assert (code, found["would_fit_with"]) == (1, None)
+    assert "plan for more" in remedy_text(None, 1)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_further_micro_batches_hold_what_the_first_ones_hold(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(
+        **sections(
+            parallel={"pipeline_parallel_size": stages}, train={"max_steps": 3, "gradient_accumulation_steps": 5}
+        )
+    )
+    planned = make_plan(config, stages, gpu=False).predicted
+    monkeypatch.setattr(RehearsedParts, "differing_micro_batches", 5)
+    assert make_plan(config, stages, gpu=False).predicted == planned
+    monkeypatch.setattr(RehearsedParts, "differing_micro_batches", 1)
+    assert make_plan(config, stages, gpu=False).predicted != planned
+
+
+def fail(value: int) -> int:
+    raise ZeroDivisionError(value)
+
+
+def test_a_mistake_of_ours_in_a_child_is_no_refusal() -> None:
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        each_in_child(fail, [(1,)])
