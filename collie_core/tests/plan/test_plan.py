@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from collie_core.cli import main
 from collie_core.config.run import RunConfig
@@ -27,6 +28,13 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """What a test before these has left behind in this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def sections(**changes: Any) -> dict[str, Any]:
@@ -163,6 +171,12 @@ def test_further_micro_batches_hold_what_the_first_ones_hold(stages: int, monkey
     assert make_plan(config, stages, gpu=False).predicted == planned
     monkeypatch.setattr(RehearsedParts, "differing_micro_batches", 1)
     assert make_plan(config, stages, gpu=False).predicted != planned
+
+
+def test_beside_a_process_group_it_says_that_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(RunError, match="cannot be forked beside a process group"):
+        make_plan(RunConfig(**sections()), 1, gpu=False)
 
 
 def fail(value: int) -> int:

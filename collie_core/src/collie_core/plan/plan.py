@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch.distributed as dist
+
 from collie_core.config.rules import require_parts
 from collie_core.errors import RunError
 from collie_core.plan.children import each_in_child
@@ -108,6 +110,10 @@ def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
     Raises:
         CollieError: the run cannot be, or not be planned.
     """
+    if dist.is_initialized():
+        raise RunError(
+            "the processes of a plan cannot be forked beside a process group: plan before the run, or by `collie plan`"
+        )
     require_parts(config, model=False, train_data=True)
     shape = Shape.of(config, processes)
     batch = str(config.batch_sizes(shape.dp))
