@@ -35,20 +35,12 @@ from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import torch
+from generation import SHAPE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from collie_core.api import Run, RunConfig, Trainer
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 4096,
-    "hidden_size": 384,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "max_position_embeddings": 512,
-}
 CLIENTS, NEW = (1, 8, 32), 64
 OURS, THEIRS, BATCHED = "collie serve", "transformers serve", "transformers serve --continuous-batching"
 LEAST, GAIN, COST = 1.0, 3.0, 0.01

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from collie_core.checkpoint import files
 from collie_core.checkpoint.files import CheckpointError
@@ -13,6 +14,8 @@ from collie_core.report.rundir import CHECKPOINTS
 from collie_core.storage import is_url
 
 AUTO = "auto"
+
+T = TypeVar("T")
 
 logger = logging.getLogger("collie")
 
@@ -60,21 +63,9 @@ def _from_store(url: str, folder: Path) -> Path:
     raise _holds_none(url)
 
 
-def _newest_in_store(mirror: Mirror, steps: Sequence[int], folder: Path) -> Path | None:
+def _newest_in_store(mirror: Mirror, steps: Iterable[int], folder: Path) -> Path | None:
     """Raises CheckpointError: there are some, and none is sound."""
-    problems = []
-    for step in steps:
-        try:
-            found = mirror.get(step, folder)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        for problem in problems:
-            logger.warning("%s; going on from %s", problem, found.name)
-        return found
-    if problems:
-        raise CheckpointError(f"no checkpoint in {mirror.url} is sound: {'; '.join(problems)}")
-    return None
+    return _first_sound(steps, lambda step: mirror.get(step, folder), mirror.url)
 
 
 def _require_newest(wanted: str, step: int, folder: Path, *, here: bool) -> None:
@@ -96,10 +87,20 @@ def newest_sound(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there are some, and none is sound.
     """
+
+    def verified(path: Path) -> Path:
+        files.verify(path)
+        return path
+
+    return _first_sound(files.checkpoints_in(folder), verified, str(folder))
+
+
+def _first_sound(found: Iterable[T], prove: Callable[[T], Path], where: str) -> Path | None:
+    """The first that `prove` gives; what it says of those before is logged."""
     problems = []
-    for path in files.checkpoints_in(folder):
+    for one in found:
         try:
-            files.verify(path)
+            path = prove(one)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -107,5 +108,5 @@ def newest_sound(folder: Path) -> Path | None:
             logger.warning("%s; going on from %s", problem, path.name)
         return path
     if problems:
-        raise CheckpointError(f"no checkpoint in {folder} is sound: {'; '.join(problems)}")
+        raise CheckpointError(f"no checkpoint in {where} is sound: {'; '.join(problems)}")
     return None
