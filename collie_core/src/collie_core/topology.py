@@ -123,10 +123,8 @@ class Topology:
         dist.all_gather_object(values, value)
         return values
 
-    def on_main(
-        self, action: Callable[[], object], *, failing: str, others: Callable[[], object] | None = None
-    ) -> None:
-        """Do something on the main rank, and `others` elsewhere meanwhile. Collective.
+    def on_main(self, action: Callable[[], Any], *, failing: str, others: Callable[[], object] | None = None) -> Any:
+        """What `action` gives on the main rank, on every rank; elsewhere `others` runs meanwhile. Collective.
 
         Args:
             action: may raise a `CollieError`, or fail to read or write a file.
@@ -137,17 +135,20 @@ class Topology:
             CollieError: the main rank has failed; on every rank.
         """
         failure: CollieError | None = None
+        value = None
         if self.is_main:
             try:
-                action()
+                value = action()
             except CollieError as error:
                 failure = error
             except (OSError, SafetensorError) as error:
                 failure = RunError(f"{failing}: {error}")
         elif others is not None:
             others()
-        if (found := self.gather_objects(failure)[0]) is not None:
-            raise failure or found
+        raised, given = self.gather_objects((failure, value))[0]
+        if raised is not None:
+            raise failure or raised
+        return given
 
     def require_same(self, facts: Mapping[str, str]) -> None:
         """Stop on every rank when a fact differs between them. Collective.

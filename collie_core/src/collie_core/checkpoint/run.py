@@ -92,11 +92,7 @@ class Checkpoints:
         """
         if (wanted := self.section.resume_from_checkpoint) is None:
             return
-        chosen: list[Path | None] = [None]
-        self.topology.on_main(
-            lambda: chosen.__setitem__(0, choose(wanted, self.folder, self.saver.mirror)), failing=UNREADABLE
-        )
-        self.source = self.topology.gather_objects(chosen[0])[0]
+        self.source = self.topology.on_main(lambda: choose(wanted, self.folder, self.saver.mirror), failing=UNREADABLE)
         if self.source is not None:
             self.restored = files.read_json(self.source / TRAINER)
             if missing := [name for name in NEEDED if name not in self.restored]:
@@ -136,9 +132,8 @@ class Checkpoints:
         Collective. The schedule and the position in the data stay where they are.
         """
         self.saver.wait()
-        chosen: list[Path | None] = [None]
-        self.topology.on_main(lambda: chosen.__setitem__(0, newest_sound(self.folder)), failing=UNREADABLE)
-        source: Path | None = self.topology.gather_objects(chosen[0])[0] or self.source
+        newest: Path | None = self.topology.on_main(lambda: newest_sound(self.folder), failing=UNREADABLE)
+        source = newest or self.source
         if source is not None:
             self._load(source, files.read_json(source / TRAINER))
         return source
