@@ -1,9 +1,9 @@
 """Adapters: LoRA here against the transformers Trainer with peft, and every method beside the others.
 
 First, LoRA of rank 8 on all linear layers of a llama of 15 million parameters, 8 x 256 tokens a step, the same samples,
-fused AdamW and clipping, float32. For speed both run in threads of which one at a time may move, a step each in turn,
+fused AdamW and clipping, float32. For speed both run in processes of which one at a time may move, a step each in turn,
 so that a machine whose speed drifts slows both alike; the ratio is the median over rounds. For memory each runs once
-more, three steps in a process of its own, under torch's profiler, which sees every tensor come and go.
+more, three steps under torch's profiler, which sees every tensor come and go.
 
 Then every method on a model of one million parameters that has learned the shipped questions for a while, a process for
 each: parameters that are trained, speed, memory, and the mean loss of the last steps.
@@ -84,11 +84,15 @@ OURS, THEIRS = "CoLLiE", "transformers Trainer, peft"
 
 
 def contender(name: str, base: str, rows: Rows) -> Callable[[Callable[[], None]], None]:
-    """What runs one of them. Theirs gets its model now: while ours is loaded, modules of any thread have no memory."""
+    """What runs one of them."""
     if name == OURS:
         return partial(by_collie, base, rows)
-    model = peft.get_peft_model(new_model(), peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
-    return partial(transformers_trainer, rows, model=model)
+    return partial(transformers_trainer, rows, model=with_lora)
+
+
+def with_lora() -> Any:
+    """The model of the comparison as peft makes it."""
+    return peft.get_peft_model(new_model(), peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
 
 
 def in_process(work: Callable[[], Any]) -> Any:
@@ -122,7 +126,7 @@ def compare(base: str, steps: int) -> tuple[list[str], bool]:
         name: in_process(lambda name=name: peak_bytes(lambda: contender(name, base, few)(lambda: None)))
         for name in names
     }
-    seconds = taking_turns({name: contender(name, base, rows) for name in names})
+    seconds = taking_turns({name: contender(name, base, rows) for name in names}, steps, threads=1)
     speed = statistics.median(other / own for own, other in zip(seconds[OURS], seconds[THEIRS], strict=True))
     memory = peaks[THEIRS] / peaks[OURS]
     lines = ["| LoRA r 8 | ms per step | tokens/s | peak MiB | speed | memory |", "|---|--:|--:|--:|--:|--:|"]
