@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 
@@ -139,3 +141,22 @@ def test_a_call_is_told_as_one_finds_it() -> None:
     thread.join()
     assert "place.wait(5)" in found.stack
     assert "threading.py:" in found.call
+
+
+def test_a_thread_is_found_where_python_itself_sees_it() -> None:
+    """Without taking its frames, of which one may be gone when it moves on; also in a file of any name."""
+    here, place = threading.Event(), threading.Event()
+    code = "def größe(here, place):\n    here.set()\n    place.wait(5)\n"
+    exec(compile(code, "/lieux d'été/出力 \N{ROCKET}.py", "exec"), library := {})  # type: ignore[var-annotated]
+    thread = threading.Thread(target=library["größe"], args=(here, place))
+    thread.start()
+    here.wait()
+    time.sleep(0.05)
+    own = traceback.extract_stack(sys._current_frames()[thread.ident or 0])
+    found = hang._stack(thread.ident or 0)
+    place.set()
+    thread.join()
+    assert [(call.filename, call.lineno, call.name) for call in found] == [
+        (call.filename, call.lineno, call.name) for call in own
+    ]
+    assert any("\N{ROCKET}" in call.filename and call.name == "größe" for call in found)

@@ -7,7 +7,10 @@ for its `Status`, and `explain` makes a sentence of them. This file needs the st
 
 from __future__ import annotations
 
+import faulthandler
+import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -16,13 +19,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 LOOKS_EVERY_S = 1.0
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/utils/comms_logging")
 _BACKWARD = "torch/autograd/graph.py"
 _LONGEST = 100_000  # characters of all stacks
+# What faulthandler writes; see Python/traceback.c, _Py_DumpTracebackThreads.
+_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
+_CALL = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+_ESCAPED = re.compile(r"\\(x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
 class Counting(Protocol):
@@ -105,14 +111,32 @@ class Monitor:
 
 def _where(progress: Progress) -> object:
     """Equal for two moments between which the thread has most likely not moved; None when it has ended."""
-    frame: FrameType | None = sys._current_frames().get(progress.thread)
-    if frame is None:
-        return None
-    places = []
-    while frame is not None:
-        places.append((id(frame.f_code), frame.f_lasti))
-        frame = frame.f_back
-    return progress.beats, progress.run and progress.run.step, places
+    places = _dumped().get(progress.thread)
+    return None if places is None else (progress.beats, progress.run and progress.run.step, places)
+
+
+def _dumped() -> dict[int, list[tuple[str, int, str]]]:
+    """File, line and function of the innermost calls of every thread, innermost first; by the thread's number.
+
+    Not from `sys._current_frames`: a thread that goes on meanwhile may leave a frame that is looked at here, and one
+    that torch.compile has replaced is then freed memory. faulthandler lets no other thread move while it writes.
+    """
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        text = file.read().decode("ascii", "replace")
+    found: dict[int, list[tuple[str, int, str]]] = {}
+    for line in text.splitlines():
+        if heading := _THREAD.match(line):
+            places = found[int(heading[1], 16)] = []
+        elif call := _CALL.match(line):
+            places.append((_unescaped(call[1]), int(call[2]), _unescaped(call[3])))
+    return found
+
+
+def _unescaped(text: str) -> str:
+    """With the characters that faulthandler writes as \\xhh, \\uhhhh or \\Uhhhhhhhh."""
+    return _ESCAPED.sub(lambda found: chr(int(found[1][1:], 16)), text)
 
 
 def status(progress: Progress, still_s: float) -> Status:
@@ -129,11 +153,14 @@ def status(progress: Progress, still_s: float) -> Status:
 
 def _stack(thread: int) -> list[traceback.FrameSummary]:
     """Of the thread, outermost first; of a backward on a GPU with what torch's own thread does in it."""
-    frames = sys._current_frames()
-    own = list(traceback.extract_stack(frames[thread])) if thread in frames else []
+    stacks = {
+        ident: [traceback.FrameSummary(*place, lookup_line=False) for place in reversed(places)]
+        for ident, places in _dumped().items()
+    }
+    own = stacks.get(thread, [])
     if own and _is_in(own[-1], (_BACKWARD,)):
         ours = {known.ident for known in threading.enumerate()}
-        others = [[*traceback.extract_stack(frame)] for ident, frame in frames.items() if ident not in ours]
+        others = [stack for ident, stack in stacks.items() if ident not in ours]
         own += sorted(others, key=len)[-1] if others else []
     return own
 

@@ -53,6 +53,7 @@ OURS = "COLLIE_LAUNCHED"  # set for the processes that `collie_core.launch.start
 STORE_FD = "COLLIE_STORE_FD"  # of a socket that listens at MASTER_PORT, for rank 0 to take over
 GRACE_S = 5.0  # for a program whose ranks all raise, until those that do not are ended
 _QUIET_S = 6.0  # for another process of this machine to speak, before the launcher hears of the end
+_LOOKS_EVERY_S = 0.1  # whether the main rank has come
 _LONGEST = 50_000  # characters of a reason
 
 
@@ -212,6 +213,8 @@ class Watch:
             self._ending = ending
             self._ended.set()
             here = self._here
+        if self._monitor is not None:
+            self._monitor.stop()
         if here:
             _shut(self._connection)  # so that rank 0 knows that we know
             self._on_end(self, ending)
@@ -281,6 +284,19 @@ def agreed(question: str, *, wish: bool) -> bool:
     if wish:
         _current.tell(subject)
     return _current.first_says(question, "yes" if wish or _current.is_told(subject) else "no") == "yes"
+
+
+def reached_by_main(place: str) -> None:
+    """Wait for the main rank to come here too, before there is a process group; for as long as it takes.
+
+    It is not waited for where nobody watches over several ranks.
+    """
+    if _current is None:
+        return
+    if _current.member.rank == 0:
+        _current.tell(place)
+    while not _current.is_told(place):
+        time.sleep(_LOOKS_EVERY_S)
 
 
 def limit(seconds: float) -> None:

@@ -190,7 +190,9 @@ def test_drawing_keeps_to_top_p_and_top_k() -> None:
             "top_k": [Sampling(1, temperature=2, top_k=2, seed=seed) for seed in range(50)],
             "top_p": [Sampling(1, temperature=1, top_p=0.7, seed=seed) for seed in range(50)],
             "tiny": [Sampling(1, temperature=1e-4, seed=seed) for seed in range(20)],
-            "never nothing": [Sampling(1, temperature=1, top_p=1e-9, seed=seed) for seed in range(20)],
+            "never nothing": [
+                Sampling(1, temperature=1, top_p=5e-324, seed=seed) for seed in range(20)
+            ],  # 0 in float32
         }.items()
     }
     assert drawn == {"all": {0, 1, 2, 3}, "top_k": {0, 1}, "top_p": {0, 1}, "tiny": {0}, "never nothing": {0}}

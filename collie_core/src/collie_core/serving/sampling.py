@@ -66,5 +66,6 @@ def _draw(logits: Tensor, way: Sampling, generator: torch.Generator) -> int:
     if way.top_p < 1:
         ordered, places = probabilities.sort(descending=True, stable=True)
         outside = ordered.cumsum(-1) - ordered >= way.top_p  # what comes before is enough already
+        outside[0] = False  # also where so small a mass is 0 in float32
         probabilities[places[outside]] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
