@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import string
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ NUMBERS = [
     ("evaluation", "steps"),
 ]
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "parallel": ParallelConfig, "train": TrainConfig}
+TIMES = 4 if "COLLIE_TEST_ALL" in os.environ else 1
 many = settings(
-    max_examples=100,
+    max_examples=25 * TIMES,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -198,7 +200,7 @@ _values = st.recursive(
 )
 
 
-@settings(many, max_examples=300)
+@settings(many, max_examples=75 * TIMES)
 @given(
     st.dictionaries(st.sampled_from([*RunConfig.model_fields, "learning_rate", "bf16", "optim"]), _values, min_size=1)
 )
@@ -206,7 +208,7 @@ def test_any_values_in_the_known_sections(tmp_path: Path, capsys: Any, data: dic
     _check({**data, "certainly_unknown": 1}, tmp_path, capsys, "certainly_unknown")
 
 
-@settings(many, max_examples=200)
+@settings(many, max_examples=50 * TIMES)
 @given(st.text(max_size=30), _values)
 def test_any_override(tmp_path: Path, capsys: Any, key: str, value: Any) -> None:
     path = tmp_path / "good.yaml"
