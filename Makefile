@@ -53,10 +53,12 @@ format: install ## Repair what ruff can repair
 bench: install ## Every benchmark, one after the other
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
-docs: install ## The pages that are generated from the code
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: install ## The pages that are generated from the code, and the site in build/site
 	$(BIN)/python -m collie_core.config.reference docs/configuration.md
 	$(BIN)/python -c 'from collie_core.config.rules import compatibility_page as page; print(page(), end="")' \
 	  >docs/compatibility.md
+	$(BIN)/mkdocs build --quiet --strict
 
 constraints: ## Write constraints.txt anew from what .venv holds
 	{ sed '/^[^#]/d' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \
