@@ -11,7 +11,7 @@ JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test everything crash check format bench docs constraints clean
+.PHONY: help install quickstart test everything matrix crash check format bench docs constraints clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ test: install ## All tests
 everything: export COLLIE_TEST_ALL = 1
 everything: test ## All tests, and combinations of which they take only a part
 
+matrix: export COLLIE_MATRIX = 1
+matrix: install ## Every family x optimizer x adapter x topology: hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_matrix.py $(ARGS)
+
 crash: export COLLIE_CRASHES = 60
 crash: install ## Sixty runs that are killed at any moment
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/crash $(ARGS)
@@ -58,6 +62,7 @@ docs: install ## The pages that are generated from the code, and the site in bui
 	$(BIN)/python -m collie_core.config.reference docs/configuration.md
 	$(BIN)/python -c 'from collie_core.config.rules import compatibility_page as page; print(page(), end="")' \
 	  >docs/compatibility.md
+	$(BIN)/python -m collie_testkit.reference >docs/checks.md
 	$(BIN)/mkdocs build --quiet --strict
 
 constraints: ## Write constraints.txt anew from what .venv holds

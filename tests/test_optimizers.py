@@ -13,23 +13,13 @@ import torch
 from combos import more
 from families import write_family
 from runs import Record, changed, largest_difference, sections_on, train
-from topologies import sizes_of, world_size_of
+from topologies import OPTIMIZERS, sizes_of, world_size_of
 from torch import Tensor, nn
 
 from collie_core.api import ConfigError, PluginError, RunConfig, Trainer
 from collie_core.parts import HandedIn, Parts
 
 STEPS, BATCH = 20, 4
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 1e-3},
-    "sgd": {"lr": 0.1, "momentum": 0.9},
-    "lion": {"lr": 1e-4},
-    "adan": {"lr": 1e-3},
-    "sophia": {"lr": 1e-3, "hessian_interval": 5},
-    "lomo": {"lr": 0.1},
-    "adalomo": {"lr": 1e-2},
-    "muon": {"lr": 2e-3, "adamw_lr": 1e-3},
-}
 IN_BACKWARD = ("lomo", "adalomo")
 TOPOLOGIES = ["dp2", more("tp2"), "pp2", "tp2dp2zero1", more("dp2zero2"), "dp2zero3"]
 
