@@ -8,7 +8,7 @@ from importlib import metadata
 from itertools import pairwise
 
 import pytest
-from transformers import InternLM3Config, LlamaConfig
+from transformers import LlamaConfig
 
 import collie_internlm
 from collie_core.api import Component
@@ -30,6 +30,11 @@ def test_component_points_at_the_family(name: str, family: object) -> None:
 def test_their_configs_are_stock() -> None:
     assert type(INTERNLM.make_config({"model_type": "internlm", "hidden_size": 32})) is LlamaConfig
     assert type(INTERNLM2.make_config({"model_type": "internlm2", "hidden_size": 32})) is LlamaConfig
+
+
+def test_that_of_internlm3_is_stock() -> None:
+    from transformers import InternLM3Config
+
     assert type(INTERNLM3.make_config({"model_type": "internlm3", "hidden_size": 32})) is InternLM3Config
 
 
