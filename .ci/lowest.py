@@ -1,14 +1,14 @@
 """The lowest versions that the packs of this repository declare, as pip constraints: `python .ci/lowest.py`.
 
-Requirements without a lower bound, and the packs themselves, are left out. Of two bounds for one distribution the higher
-one counts.
+Requirements without a lower bound, and the packs themselves, are left out. Of two bounds for one distribution the
+higher one counts.
 """
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
+import tomllib
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -20,7 +20,8 @@ def lowest() -> dict[str, Version]:
     found: dict[str, Version] = {}
     for path in sorted(ROOT.glob("*/pyproject.toml")) + sorted(ROOT.glob("plugins/*/pyproject.toml")):
         project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-        texts = [*project.get("dependencies", ()), *sum(project.get("optional-dependencies", {}).values(), [])]
+        extras = project.get("optional-dependencies", {}).values()
+        texts = [*project.get("dependencies", ()), *(text for extra in extras for text in extra)]
         for requirement in map(Requirement, texts):
             for bound in requirement.specifier:
                 if bound.operator == ">=" and not requirement.name.startswith("collie"):

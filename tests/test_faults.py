@@ -16,7 +16,6 @@ import pytest
 import yaml
 from combos import more
 from fake_dists import write_distribution
-from zygote import RanksFailed
 
 from collie_core import launch
 from collie_core.api import RunConfig, Trainer
@@ -24,6 +23,7 @@ from collie_core.checkpoint import files
 from collie_core.checkpoint.run import Checkpoints
 from collie_core.checkpoint.signals import Turns
 from collie_core.cli import main
+from collie_testkit.zygote import RanksFailed
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -17,11 +17,11 @@ import pytest
 import yaml
 from combos import more
 from fake_dists import write_distribution
-from zygote import RanksFailed
 
 from collie_core.api import RunError, Topology
 from collie_core.config.parallel import ParallelConfig
 from collie_core.watch import GRACE_S, watching
+from collie_testkit.zygote import RanksFailed
 
 FAULTS = """
 import os, signal, time

@@ -255,7 +255,7 @@ def weights_of(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("topology", "names"),
     [
-        ("dp1", list(OPTIMIZERS)),
+        more("dp1", list(OPTIMIZERS)),
         more("tp2", ["adalomo", "muon"]),
         more("dp2", ["adalomo", "sophia"]),
         more("dp2zero2", ["adan", "sophia"]),

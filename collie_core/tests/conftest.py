@@ -16,7 +16,6 @@ from hypothesis import settings
 sys.path.append(str(Path(__file__).parent / "support"))  # --import-mode=importlib adds no folder by itself
 
 from fake_dists import write_distribution
-from zygote import Zygote
 
 # How long an example takes says nothing on a machine that does other things too.
 settings.register_profile("no-deadline", deadline=None)
@@ -24,13 +23,6 @@ settings.load_profile("no-deadline")
 
 Install = Callable[..., Path]
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    """Runs functions of a test file on several ranks."""
-    with Zygote() as handle:
-        yield handle
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "T
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_die_with_parent", lambda: None)  # nor when the thread that started pytest ends
+    monkeypatch.setattr(launch, "die_with_parent", lambda: None)  # nor when the thread that started pytest ends
     for name in (*LAUNCHER, "SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.setenv(name, "x")  # so that what a test sets is taken back
         monkeypatch.delenv(name)

@@ -21,11 +21,11 @@ import pytest
 from families import write_family
 from runs import Sections, changed, sections_on
 from topologies import world_size_of
-from zygote import RanksFailed
 
 from collie_core.api import RunConfig, Trainer
 from collie_core.checkpoint import files
 from collie_core.checkpoint.run import Checkpoints
+from collie_testkit.zygote import RanksFailed
 
 STEPS = 8
 COUNT = int(os.environ.get("COLLIE_CRASHES", "12"))

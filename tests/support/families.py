@@ -18,9 +18,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "collie_internlm" / "tests" / "support"))
+ROOT = Path(__file__).resolve().parents[2]
+for pack in ("collie_internlm", "plugins/collie_glm", "plugins/collie_moss"):
+    sys.path.append(str(ROOT / pack / "tests" / "support"))
 
-import internlm_files
+import glm_files  # noqa: E402
+import internlm_files  # noqa: E402
+import moss_files  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,8 +61,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """config.json by name."""
 
+_GEMMA = SHAPE | {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8, "tie_word_embeddings": True}
+_EXPERTS = SHAPE | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [2]}
+
+PACKS: dict[str, dict[str, Any]] = {
+    "gemma2": _GEMMA | {"model_type": "gemma2", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0},
+    "gemma3_text": _GEMMA | {"model_type": "gemma3_text", "sliding_window_pattern": 2},
+    "qwen3_moe": _EXPERTS | {"model_type": "qwen3_moe", "head_dim": 16, "norm_topk_prob": True},
+    "qwen2_moe": _EXPERTS | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 48},
+    "chatglm": glm_files.CHATGLM,
+    "moss": moss_files.MOSS,
+}
+"""The same of the families in `plugins/`, which are trained on fewer topologies."""
+
 BY_HAND = ("internlm", "internlm2")
-"""Model types whose files transformers cannot read."""
+"""Model types of `CONFIGS` whose files transformers cannot read."""
 
 
 def write_family(
@@ -120,3 +137,47 @@ def _stock_tensors(raw: dict[str, Any], seed: int) -> dict[str, Tensor]:
         is_norm = parameter.ndim == 1 and "norm" in name
         found[name] = 1 + 0.2 * noise if is_norm else (0.08 if parameter.ndim == 2 else 0.2) * noise
     return found
+
+
+def write_pack(folder: Path, name: str, changes: dict[str, Any] | None = None) -> None:
+    """The same as `write_family` for one of `PACKS`, in the layout of its published files."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from collie_core.data.tokenizer import byte_tokenizer
+
+    raw = PACKS[name] | (changes or {})
+    if files := {"chatglm": glm_files, "moss": moss_files}.get(name):
+        files.write(folder, raw, files.random_tensors(raw))
+    else:
+        options = {key: value for key, value in raw.items() if key not in ("model_type", "torch_dtype")}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(raw["model_type"], **options))
+        model.load_state_dict(_stock_tensors(raw, 0), strict=False)  # a tied head is not among them
+        model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def pack_reference(folder: Path, name: str) -> PreTrainedModel:
+    """The same as `reference` for one of `PACKS`."""
+    from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM
+
+    if name == "moss":
+        return moss_files.stock(folder)
+    if name != "chatglm":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    raw = json.loads((folder / "config.json").read_text())
+    config = GlmConfig(
+        vocab_size=raw["padded_vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["ffn_hidden_size"],
+        num_hidden_layers=raw["num_layers"],
+        num_attention_heads=raw["num_attention_heads"],
+        num_key_value_heads=raw["multi_query_group_num"],
+        head_dim=raw["kv_channels"],
+        max_position_embeddings=raw["seq_length"],
+        rms_norm_eps=raw["layernorm_epsilon"],
+        eos_token_id=raw["eos_token_id"],
+        pad_token_id=raw["pad_token_id"],
+    )
+    model = GlmForCausalLM(config).eval()
+    model.load_state_dict(glm_files.as_glm(raw, read_tensors(folder)))
+    return model

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collie_core.model.stages import is_stage
     from collie_core.model.virtual_tokens import put_virtual_tokens
     from collie_core.model.whole import Whole, whole_of
-    from collie_core.plugins import hookimpl
+    from collie_core.plugins import Plugins, hookimpl
     from collie_core.serving.answerer import Answerer, Closed, Event, Job, QueueFull
     from collie_core.serving.sampling import Likelihood, Sampling
     from collie_core.serving.served import Live, Served
@@ -86,6 +86,7 @@ _HOME = {
     "ParallelConfig": "config.parallel",
     "ParamGroup": "config.base",
     "PluginError": "errors",
+    "Plugins": "plugins",
     "Problem": "errors",
     "QueueFull": "serving.answerer",
     "Run": "hookspecs",
@@ -151,6 +152,7 @@ __all__ = [
     "ParallelConfig",
     "ParamGroup",
     "PluginError",
+    "Plugins",
     "Problem",
     "QueueFull",
     "Run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -134,3 +135,41 @@ def modules_convert_fake_tensors() -> Iterator[None]:
         yield
     finally:
         nn.Module._apply = apply  # type: ignore[method-assign]
+
+
+_EXCHANGE = re.compile(r"_?(all|reduce|broadcast|gather|scatter|barrier)\w*|send|recv|_(start|end)_coalescing")
+
+
+@contextmanager
+def collectives_watched(call: Callable[..., Any], wait: Callable[..., Any]) -> Iterator[None]:
+    """Let every collective of this process, a library's too, go through two functions of ours (torch 2.13).
+
+    Args:
+        call: (name, torch's function, process group, its arguments) -> what torch's function returned.
+        wait: (torch's function, the pending work, its arguments) -> the same.
+
+    Raises:
+        RuntimeError: torch's process groups no longer have one of these methods.
+    """
+    import torch.distributed as dist
+
+    group: Any = dist.ProcessGroup
+    work: Any = dist.Work
+    # As they lie in the class: what an attribute of it gives is no method any more.
+    kept = {name: method for name, method in vars(group).items() if _EXCHANGE.fullmatch(name)}
+    kept_wait, wait_itself = vars(work).get("wait"), work.wait
+    if kept_wait is None or not kept.keys() >= {"allreduce", "allgather", "broadcast", "barrier", "send", "recv"}:
+        raise RuntimeError("torch changed its process groups; collie_core.compat needs an update")
+
+    def through(name: str, function: Any) -> Any:
+        return lambda self, *args, **kwargs: call(name, function, self, *args, **kwargs)
+
+    for name in kept:
+        setattr(group, name, through(name, getattr(group, name)))
+    work.wait = lambda self, *args, **kwargs: wait(wait_itself, self, *args, **kwargs)
+    try:
+        yield
+    finally:
+        work.wait = kept_wait
+        for name, function in kept.items():
+            setattr(group, name, function)

@@ -6,7 +6,8 @@ CollieError
 ├── DataError      the data: file and line of the sample
 ├── ModelError     weights, tokenizer or architecture: the tensor or key by name
 └── RunError       the run itself: an output folder in use, a rank that is lost
-    └── NotANumber a loss or gradient that is none
+    ├── NotANumber  a loss or gradient that is none
+    └── OutOfMemory a device that is full: what it held, and what would fit
 """
 
 from __future__ import annotations
@@ -83,3 +84,7 @@ class NotANumber(RunError):
     def __init__(self, message: str, *, damaged: bool = False) -> None:
         super().__init__(message)
         self.damaged = damaged
+
+
+class OutOfMemory(RunError):
+    """Memory was refused; its cause is torch's error."""

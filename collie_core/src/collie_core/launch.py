@@ -69,7 +69,7 @@ def reported_to_launcher() -> Iterator[Agree]:
         yield _trust
         return
     if OURS in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is a launcher that stays
-        _die_with_parent()
+        die_with_parent()
     ranks = _Ranks()
     try:
         yield ranks.agree
@@ -132,7 +132,7 @@ def restart_overrides(config: RunConfig) -> list[str]:
     return ["train.overwrite_output_dir=true"] if is_unfinished(output_dir) else []
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A launcher that is killed leaves no orphans behind (Linux only: elsewhere the rendezvous ends them)."""
     if sys.platform == "linux":
         import ctypes

@@ -30,6 +30,7 @@ from collie_core.hang import Progress
 from collie_core.hookspecs import Run
 from collie_core.model.export import write_folder
 from collie_core.parts import EvalFn, HandedIn, Parts
+from collie_core.plan.out_of_memory import explained
 from collie_core.plugins import check_agreement
 from collie_core.report import (
     prepare_run_directory,
@@ -113,10 +114,10 @@ class Trainer:
         """Train, evaluate and export; returns the last logged numbers and evaluation results.
 
         Raises:
-            CollieError: a part of the run cannot be built, or the gradients are no longer numbers.
+            CollieError: a part of the run cannot be built, the gradients are no longer numbers, or memory is full.
         """
-        watch = watching(self.topology, self.config.parallel.timeout_s)
-        with watch as progress, self.server, self._random_state(), self._recorded(progress) as (run, asked):
+        watch, memory = watching(self.topology, self.config.parallel.timeout_s), explained(self.parts)
+        with watch as progress, memory, self.server, self._random_state(), self._recorded(progress) as (run, asked):
             evaluation, checkpoints = self.config.evaluation, self.checkpoints
             best, meter = BestModel(evaluation.best, run, self._export), Meter(self.topology)
             step = self.parts.step

@@ -55,13 +55,20 @@ BLOCK_VARIABLE = "COLLIE_BLOCK"
 
 # Names whose distribution is known although it may not be installed, so that the error can say what to type.
 CATALOGUE = {
+    ("model", "chatglm"): "collie-glm",
+    ("model", "gemma"): "collie-gemma",
+    ("model", "gemma2"): "collie-gemma",
+    ("model", "gemma3-text"): "collie-gemma",
     ("model", "internlm"): "collie-internlm",
     ("model", "internlm2"): "collie-internlm",
     ("model", "internlm3"): "collie-internlm",
     ("model", "llama"): "collie-llama",
     ("model", "mistral"): "collie-llama",
+    ("model", "moss"): "collie-moss",
     ("model", "qwen2"): "collie-llama",
+    ("model", "qwen2-moe"): "collie-qwen",
     ("model", "qwen3"): "collie-llama",
+    ("model", "qwen3-moe"): "collie-qwen",
     ("optimizer", "adalomo"): "collie-optim",
     ("optimizer", "adan"): "collie-optim",
     ("optimizer", "lion"): "collie-optim",
@@ -83,6 +90,7 @@ CATALOGUE = {
     ("metric", "token-accuracy"): "collie-metrics",
     ("server", "http"): "collie-server",
     ("commands", "chat"): "collie-server",
+    ("commands", "check"): "collie-testkit",
     ("commands", "serve"): "collie-server",
 }
 

@@ -11,7 +11,6 @@ import torch
 from sharded import assert_same, batches, config_of, sharded_model, slice_of, start, whole_model
 from torch import Tensor, nn
 from transformers import CodeGenConfig, CodeGenForCausalLM, PretrainedConfig
-from zygote import Zygote
 
 from collie_core.errors import ModelError
 from collie_core.model.dropout import KERNEL, DropoutState, SampleDropout, install
@@ -19,6 +18,7 @@ from collie_core.model.layers import RowParallel
 from collie_core.model.partition import Rule
 from collie_core.model.shard import cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
 from collie_core.topology import Axis, Topology
+from collie_testkit.zygote import Zygote
 
 SEED = 5
 WIDTH = 6

@@ -16,7 +16,6 @@ from transformers import MixtralConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding as ScaledEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
-from zygote import Zygote
 
 from collie_core.errors import ModelError
 from collie_core.model import collectives
@@ -35,6 +34,7 @@ from collie_core.model.shard import (
 )
 from collie_core.model.stages import cut, own_part
 from collie_core.topology import Axis, Topology
+from collie_testkit.zygote import Zygote
 
 # -- collectives ----------------------------------------------------------------------------------------------------
 

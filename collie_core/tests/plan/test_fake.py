@@ -8,7 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from collie_core.compat import modules_convert_fake_tensors, transformers_without_values
-from collie_core.plan.fake import Answers
+from collie_core.plan.fake import Answers, QuickFakeTensors
+from collie_core.plan.trace import MemoryTrace
 
 
 def answers() -> Answers:
@@ -62,3 +63,34 @@ def test_transformers_would_mask_fake_tensors_in_another_way() -> None:
             assert masking_utils.find_packed_sequence_indices(fake) is None
         with transformers_without_values(packing=True):
             assert masking_utils.find_packed_sequence_indices(fake) is not None
+
+
+def test_what_is_remembered_of_operations_is_what_they_give() -> None:
+    def work() -> list[tuple[object, ...]]:
+        found: list[torch.Tensor] = []
+        for _ in range(2):  # the second time from memory
+            weight = nn.Parameter(torch.zeros(6, 4))
+            mixed = nn.functional.linear(torch.ones(3, 4), weight).view(2, 9).t()
+            mixed.sum().backward()
+            assert weight.grad is not None
+            shares = weight.grad.view(-1).narrow(0, 8, 8).chunk(2)
+            found += [mixed, weight.grad.add_(1), *shares, weight.to(torch.bfloat16), torch.sort(mixed)[1]]
+            weight.grad.resize_(2)
+            found += [weight.grad]
+        return [
+            (one.shape, one.stride(), one.storage_offset(), one.dtype, one.untyped_storage().nbytes()) for one in found
+        ]
+
+    given, peaks = [], []
+    for kind in (FakeTensorMode, QuickFakeTensors):
+        with kind(), MemoryTrace() as trace:
+            given.append(work())
+        peaks.append(trace.peaks())
+    assert given[0] == given[1]
+    assert peaks[0] == peaks[1]
+
+
+def test_numbers_of_other_kinds_are_other_operations() -> None:
+    with QuickFakeTensors():
+        ones = torch.ones(2, dtype=torch.int64)
+        assert [(ones * 1).dtype, (ones * 1.0).dtype, (ones * True).dtype] == [torch.int64, torch.float32, torch.int64]

@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +14,13 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from fake_runs import make_run, play
+from pages import Page
 
 from collie_core.errors import RunError
 from collie_core.report.charts import charts, series, thinned, to_svg
 from collie_core.report.html import HtmlReport, read_metrics, write_report
 from collie_core.report.metrics import MetricsFile
 from collie_core.report.rundir import write_json
-
-VOID = {"meta", "link", "br", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Checks nesting and collects what a page refers to."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.references: list[str] = []
-        self.texts: list[str] = []
-        self.tags: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        self._read(attrs)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self._read(attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    def _read(self, attrs: list[tuple[str, str | None]]) -> None:
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in ("src", "href", "xlink:href", "action", "srcset", "data"):
-                self.references.append(value or "")
-            self.references += re.findall(r"url\(([^)]*)\)", value or "")
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -29,12 +29,15 @@ VERBS = {
     "validate": ("collie_core.cli.validate", "check a configuration without running it"),
     "schema": ("collie_core.cli.schema", "print the JSON Schema of the configuration, plugins included"),
     "plan": ("collie_core.cli.plan", "say how much memory a run will need, without running it"),
+    "profile": ("collie_core.cli.profile", "say where the time of a training step goes, from a few steps"),
     "train": ("collie_core.cli.train", "train as a configuration says"),
+    "compare": ("collie_core.cli.compare", "train with several optimizers and adapters, and report them side by side"),
     "eval": ("collie_core.cli.eval", "evaluate a model as a configuration says"),
     "generate": ("collie_core.cli.generate", "complete a prompt with a model"),
     "merge": ("collie_core.cli.merge", "make one model of an adapter and its base model"),
     "checkpoint": ("collie_core.cli.checkpoint", "list, verify and delete the checkpoints of a run"),
     "verify": ("collie_core.cli.verify", "check that a run trains on one topology as on another"),
+    "doctor": ("collie_core.cli.doctor", "check that this machine is fit to train, by a short run too"),
     "plugins": ("collie_core.cli.plugins", "list, explain and check the installed plugins"),
 }
 

@@ -10,6 +10,14 @@ from logging import ERROR, getLogger
 def quiet_libraries() -> None:
     """No progress bars of transformers and datasets, no announcements of DeepSpeed, no deprecations not ours."""
     import torch
+
+    quiet_imports()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search for one, and the warning about it
+
+
+def quiet_imports() -> None:
+    """As much of it as can be had without looking for a device, which a process that is to be forked must not do."""
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging
 
@@ -17,5 +25,3 @@ def quiet_libraries() -> None:
     disable_progress_bar()
     getLogger("bitsandbytes").setLevel(ERROR)  # it misses an optional kernel when peft imports it, used or not
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers|peft)\b")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares its search for one, and the warning about it

@@ -28,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu-memory", metavar="SIZE", help="say whether the run fits into GPUs of this memory, as in 80GiB"
     )
+    parser.add_argument(
+        "--table", action="store_true", help="rank the strategies that would fit on --gpus by their speed"
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="of --table: the GPUs stand in N machines")
+    parser.add_argument(
+        "--hardware", default="h100", metavar="NAME", help="of --table: a100, h100, h200 or l40s (default: h100)"
+    )
+    parser.add_argument("--optimizers", metavar="NAMES", help="of --table: try each of these, as in adamw,lion")
+    parser.add_argument("--adapters", metavar="NAMES", help="of --table: try each of these, as in none,lora")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--measure", action="store_true", help="take two real steps on this machine too, and print what they held"
@@ -42,12 +51,16 @@ def run(args: argparse.Namespace) -> int:
     if args.record:
         return _measure_here(args)
     memory = None if args.gpu_memory is None else parse_bytes(args.gpu_memory)
+    if args.table and (args.gpus is None or args.nodes < 1):
+        raise RunError("--table needs --gpus, the number of GPUs to plan for, which stand in at least 1 of --nodes")
     config = load_config(args)
     processes = _processes(args, config)
     gpu, dtype = _target(args, config)
     if dtype != config.model.dtype:
         args.overrides = [*args.overrides, f"model.dtype={dtype}"]
         config = load_config(args)
+    if args.table:
+        return _table(args, memory)
     from collie_core.cli._quiet import quiet_libraries
     from collie_core.plan.plan import as_object, make_plan
     from collie_core.plan.remedy import find_remedy
@@ -71,6 +84,32 @@ def run(args: argparse.Namespace) -> int:
     elif not fits:
         print(remedy_text(remedy, processes))
     return 0 if fits else 1
+
+
+def _table(args: argparse.Namespace, memory: int | None) -> int:
+    """Exit code: 1 when nothing fits."""
+    from collie_core.cli._quiet import quiet_libraries
+    from collie_core.plan.hardware import hardware_named
+    from collie_core.plan.show_table import table_object, table_text
+    from collie_core.plan.table import Machines, make_table
+
+    hardware = hardware_named(args.hardware)
+    machines = Machines(hardware, args.gpus, args.nodes, memory or hardware.memory)
+    quiet_libraries()
+    table = make_table(lambda changes: _changed(args, changes), machines, _choices(args))
+    if args.json:
+        print(json.dumps(table_object(table, machines), indent=2))
+    else:
+        print(table_text(table, machines))
+    return 0 if table.ranked else 1
+
+
+def _choices(args: argparse.Namespace) -> list[tuple[tuple[str, str], ...]]:
+    """Every optimizer with every adapter that is named, as overrides."""
+    optimizers = [[("optimizer.type", name)] for name in args.optimizers.split(",")] if args.optimizers else [[]]
+    names = args.adapters.split(",") if args.adapters else []
+    adapters = [[("adapter", "null")] if name == "none" else [("adapter.type", name)] for name in names] or [[]]
+    return [(*optimizer, *adapter) for optimizer in optimizers for adapter in adapters]
 
 
 def _changed(args: argparse.Namespace, changes: Mapping[str, str | int]) -> RunConfig:

@@ -1,4 +1,4 @@
-"""`collie plugins`: what is installed (from metadata alone), what one plugin is, and which are broken."""
+"""`collie plugins`: what is installed (from metadata alone), what one plugin is, which are broken, and a new one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from collie_core.errors import PluginError
 from collie_core.hookspecs import KINDS
 from collie_core.plugins import CORE, Entry, Plugins, broken, near, normalise
+from collie_core.scaffold import KINDS as NEW_KINDS
+from collie_core.scaffold import write_package
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -23,22 +26,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("--check", action="store_true", help="import every plugin and say which are broken")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(name=None)
-    actions = parser.add_subparsers(metavar="show NAME")
+    parser.set_defaults(act=_overview)
+    actions = parser.add_subparsers(metavar="show NAME | new KIND NAME")
     show = actions.add_parser("show", description="Explain one plugin.", allow_abbrev=False)
     show.add_argument("name", metavar="NAME", help="as in the configuration, or distribution:name")
     show.add_argument("--kind", choices=_SHOWN, help="needed when several kinds have the name")
     show.add_argument("--trace", action="store_true", help="import all of it; where it fails, the full traceback")
     # SUPPRESS: or the default of the inner parser would undo `collie plugins --json show NAME`
     show.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+    show.set_defaults(act=_show)
+    new = actions.add_parser("new", description="Write a package with a plugin that works, to change.")
+    new.add_argument("new_kind", metavar="KIND", choices=NEW_KINDS, help=", ".join(NEW_KINDS))
+    new.add_argument("new_name", metavar="NAME", help="what the configuration will call it; of a model its model_type")
+    new.add_argument("--output", type=Path, metavar="DIR", help="where to (default: ./collie-NAME)")
+    new.set_defaults(act=_new)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 1 when a plugin that was asked for is broken."""
+    code: int = args.act(args)
+    return code
+
+
+def _overview(args: argparse.Namespace) -> int:
     plugins = Plugins.discover()
-    if args.name is not None:
-        return _show(plugins, args)
     return _check(plugins, args.json) if args.check else _list(plugins, args.json)
+
+
+# -- a new one ----------------------------------------------------------------------------------------------
+
+
+def _new(args: argparse.Namespace) -> int:
+    folder = args.output or Path(f"collie-{normalise(args.new_name)}")
+    for path in write_package(args.new_kind, args.new_name, folder):
+        print(path)
+    print(f"\nnext: pip install -e {folder}, then collie check {args.new_kind} {args.new_name}")
+    return 0
 
 
 # -- the list -----------------------------------------------------------------------------------------------
@@ -108,7 +131,8 @@ def _verdict(plugins: Plugins, entry: Entry) -> dict[str, Any]:
 # -- one plugin ---------------------------------------------------------------------------------------------
 
 
-def _show(plugins: Plugins, args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace) -> int:
+    plugins = Plugins.discover()
     entry = _find(plugins, args.name, args.kind)
     try:
         if args.trace:

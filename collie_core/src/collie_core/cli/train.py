@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start all processes again from the last checkpoint, up to N times, when one is killed, lost or hangs; "
         "needs checkpoint.save_steps",
     )
+    parser.add_argument("--force", action="store_true", help="start although the plan says that memory will not do")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             processes = launch.processes_to_start(args.nproc, config.parallel, restarts=args.max_restarts)
             if processes > 1 or args.max_restarts:
-                arguments = ["train", args.config, *args.overrides]
+                arguments = ["train", args.config, *args.overrides, *["--force"] * args.force]
                 return starter.start(processes, arguments, config, max_restarts=args.max_restarts)
             if changes := launch.restart_overrides(config):
                 args.overrides += changes
@@ -53,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
             with listening(config.checkpoint.save_steps is not None, loading=True):
                 from collie_core.cli._quiet import quiet_libraries
                 from collie_core.loop import Trainer
+                from collie_core.plan.before_run import plan_before_run
                 from collie_core.report import run_identity
 
                 agree(run_identity(config))
                 quiet_libraries()
-                Trainer(config).train()
+                Trainer(config, callbacks=plan_before_run(config, force=args.force)).train()
     except Leave as leave:  # of a process alone
         print(leave, file=sys.stderr)
     return 0

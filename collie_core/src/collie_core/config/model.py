@@ -62,7 +62,11 @@ class ModelConfig(ConfigModel):
         "auto",
         description="Precision of forward and backward. auto: bfloat16 where the GPU has it, float32 on CPU.",
     )
-    attn_implementation: str = Field("sdpa", min_length=1, description="Attention kernels: sdpa, eager, ...")
+    attn_implementation: str | None = Field(
+        None,
+        min_length=1,
+        description="Attention kernels: sdpa, eager, ... Default: sdpa, or eager where the model has no sdpa.",
+    )
     gradient_checkpointing: Checkpointing = Field(
         "none",
         description="full: activations are computed again in backward. Less memory, about 1/3 slower.",

@@ -65,7 +65,8 @@ def _draw(logits: Tensor, chances: Tensor, vocabulary: Vocabulary | None) -> Ten
     largest = logits.float().amax(-1, keepdim=True)
     if vocabulary is not None:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=vocabulary.axis.group)
-    cumulative = (logits.float() - largest).exp_().cumsum(-1, dtype=torch.float64)
+    # Not by cumsum's own dtype, which makes the same copy where a plan of memory does not see it.
+    cumulative = (logits.float() - largest).exp_().double().cumsum(-1)
     if vocabulary is None:
         return _entry(cumulative, chances * cumulative[:, -1])
     ends = torch.stack(gathered(cumulative[:, -1], vocabulary.axis)).cumsum(0)  # [ranks, N]

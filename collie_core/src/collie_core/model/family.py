@@ -71,11 +71,15 @@ class StockFamily:
     weights: Mapping[str, Source] = field(default_factory=dict)
     """Parameter -> its source, for files that are laid out differently; read and written back."""
 
+    computed: Sequence[str] = ()
+    """Names in the files of what the model computes by itself, such as masks; neither read nor written."""
+
     def make_config(self, raw: Mapping[str, Any]) -> PretrainedConfig:
         """The transformers config for a raw config.json or `model.config`.
 
         Raises:
-            ModelError: the family is unknown to transformers, or a value is refused by its config class.
+            ModelError: the family is unknown to transformers, a value is refused by its config class, or the router of
+                experts is to be trained by a loss of its own.
         """
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
@@ -83,9 +87,15 @@ class StockFamily:
         # A copy, since transformers completes nested mappings in place.
         options = {key: value for key, value in self.translate(deepcopy(dict(raw))).items() if key != "model_type"}
         try:
-            return AutoConfig.for_model(self.stock_type or self.model_type, **options)
+            config = AutoConfig.for_model(self.stock_type or self.model_type, **options)
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise ModelError(f"model.config: {_one_line(error)}") from error
+        if getattr(config, "output_router_logits", False):
+            raise ModelError(
+                f"{self.model_type}: output_router_logits=true asks for a loss that balances experts, which depends "
+                "on how a batch is cut and is not supported; set output_router_logits=false"
+            )
+        return config
 
     def write_config(self, config: PretrainedConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The config.json of an export: of a stock family the stock one, else `raw`, as the family has it."""

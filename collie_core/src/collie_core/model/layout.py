@@ -60,6 +60,7 @@ def layout(model: PreTrainedModel, family: ModelFamily, checkpoint: Checkpoint |
         if pieces is not None:
             found.setdefault(owner, pieces)
     found = {name: found[name] for name in own if name in found}
+    unexpected = [key for key in unexpected if pattern(key) not in getattr(family, "computed", ())]
     problems = _missing_and_unexpected(model, own, found, unexpected) + _misshapen(shapes, found, checkpoint)
     if problems:
         raise ModelError(f"the weights of {checkpoint.name} do not fit {family.model_type}: " + "; ".join(problems))

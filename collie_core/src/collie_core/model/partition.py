@@ -351,6 +351,7 @@ class _Rules:
         self.modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.kv_modules = tuple(getattr(family, "kv_modules", ()))
+        self.divided = getattr(family, "divided", {})
         self.names = names
         self.size = size
         self.config = model.config.get_text_config()
@@ -377,10 +378,22 @@ class _Rules:
         dim = 1 if self._transposed(name) else 0
         length = self.parameters[f"{name}.weight"].shape[dim]
         unit, copies = self._unit(name, style, length)
+        if parts > 1 and pattern(name.rpartition(".")[0]) in self.divided:
+            self._check_block(name, length // parts)
         rules = {f"{name}.weight": Rule(dim, _blocks(length, parts), unit, copies)}
         if f"{name}.bias" in self.parameters:
             rules[f"{name}.bias"] = Rule(0, _blocks(length, parts), unit, copies)
         return rules
+
+    def _check_block(self, name: str, block: int) -> None:
+        """Refuse to cut a block of heads that ranks cannot share evenly: the stock code counts them by one number."""
+        heads = block // _heads(self.config)[2]
+        if heads % self.size:
+            allowed = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+            raise ModelError(
+                f"parallel.tensor_parallel_size={self.size} cannot share {name}, whose heads lie in blocks of {heads}; "
+                f"sizes that can: {allowed}"
+            )
 
     def _row(self, name: str, parts: int) -> dict[str, Rule]:
         dim = 0 if self._transposed(name) else 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +14,10 @@ from multiprocessing.context import ForkProcess
 from typing import Any
 
 from collie_core.errors import CollieError, ConfigError, RunError
+
+
+class Killed(RunError):
+    """A process of the plan was ended from outside: nothing is known of what it was to plan."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ def each_in_child(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]
 
 
 def _call(answer: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C of the terminal is for the parent too, which ends this one
+    gc.freeze()  # what the parent has made stays; collecting looks at the rest alone
     try:
         found = function(*arguments)
     except ConfigError as error:  # its problems do not travel
@@ -70,7 +78,7 @@ def _received(answer: Connection, process: ForkProcess) -> Any:
         found = None
     process.join()
     if process.exitcode:
-        raise RunError(f"a process of the plan ended with exit code {process.exitcode}; it may have run out of memory")
+        raise Killed(f"a process of the plan ended with exit code {process.exitcode}; it may have run out of memory")
     if isinstance(found, _Crash):
         raise RuntimeError(f"in a process of the plan:\n{found.stack}")
     if isinstance(found, CollieError):

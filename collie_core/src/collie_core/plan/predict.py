@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
@@ -16,8 +16,11 @@ from collie_core.model.build import architecture
 from collie_core.model.part import part_of
 from collie_core.model.stages import stage_of
 from collie_core.plan.fake import fake_rank
+from collie_core.plan.held import held, weights
+from collie_core.plan.layers import set_layers
 from collie_core.plan.rehearse import Moment, RehearsedParts, rehearse
-from collie_core.plan.trace import MemoryTrace, Peak
+from collie_core.plan.trace import MemoryTrace, Peak, Section
+from collie_core.plan.work import Work
 from collie_core.topology import Topology
 
 if TYPE_CHECKING:
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 
     from collie_core.config.run import RunConfig
     from collie_core.data.loader import Batch
-    from collie_core.engine.state import HeldStates
     from collie_core.model.weights import Read
 
 
@@ -55,15 +57,52 @@ def predict_rank(config: RunConfig, rank: int, world_size: int, *, granularity: 
     Raises:
         CollieError: the run cannot be, or not be planned.
     """
-    _require_plannable(config)
     trace = MemoryTrace(granularity)
+    parts = _rehearsed(config, rank, world_size, trace)
+    return RankPrediction(trace.peaks(), _twins(parts))
+
+
+@dataclass(frozen=True)
+class RankTrace:
+    """What a rank of a model with few layers held at every operation, and what it did in each of its steps."""
+
+    sections: list[Section]
+    steps: tuple[Work, Work]
+
+
+def trace_rank(config: RunConfig, rank: int, world_size: int, granularity: int, layers: int | None) -> RankTrace:
+    """See `predict_rank`; each pipeline stage has so many layers, whatever the model has."""
+    trace = MemoryTrace(granularity, work=Work())
+    steps: list[Work] = []
+
+    def reached(moment: Moment) -> None:
+        if moment in ("engine", "updated"):
+            assert trace.work is not None
+            steps.append(trace.work)
+            trace.work = Work()
+
+    _rehearsed(config, rank, world_size, trace, layers, reached)
+    return RankTrace(trace.sections(), (steps[1], steps[2]))
+
+
+def _rehearsed(
+    config: RunConfig,
+    rank: int,
+    world_size: int,
+    trace: MemoryTrace,
+    layers: int | None = None,
+    reached: Callable[[Moment], None] = lambda moment: None,
+) -> FakeParts:
+    """Two steps of a rank under a trace."""
+    _require_plannable(config)
     zero = config.parallel.zero_stage > 0
     with fake_rank(rank, world_size, trace, packing=config.data.packing, zero=zero):
-        parts = FakeParts(config)
+        parts = FakeParts(config, layers)
         follower = _Follower(parts, trace)
         for moment in rehearse(parts):
             follower.reached(moment)
-        return RankPrediction(trace.peaks(), _twins(parts))
+            reached(moment)
+        return parts
 
 
 def _require_plannable(config: RunConfig) -> None:
@@ -110,10 +149,19 @@ class _Topology(Topology):
 
 
 class FakeParts(RehearsedParts):
-    """Without the values of weights, and without their files."""
+    """Without the values of weights, and without their files.
 
-    def __init__(self, config: RunConfig) -> None:
+    Args:
+        config: of the run.
+        layers: how many each pipeline stage has; None: as the model is.
+    """
+
+    def __init__(self, config: RunConfig, layers: int | None = None) -> None:
+        if layers is not None:
+            cuts = {"pipeline_cuts": [layers] * config.parallel.pipeline_parallel_size}
+            config = config.model_copy(update={"parallel": config.parallel.model_copy(update=cuts)})
         super().__init__(config)
+        self.layers = layers
         stands = {each.name: getattr(self.topology, each.name) for each in fields(Topology)}
         self.topology = _Topology(**stands)
         self.device = self.topology.device
@@ -122,6 +170,8 @@ class FakeParts(RehearsedParts):
         family, config = architecture(self.config.model, self.registry, self.tokenizer)
         if self.vocabulary is not None:
             config.vocab_size = self.vocabulary.size
+        if self.layers is not None:
+            set_layers(config, self.layers * self.topology.pp.size)
         config.dtype = self._weights_dtype()
         config._attn_implementation = self.config.model.attn_implementation
         arguments: dict[str, Any] = {"config": config, "weights": None, "vocabulary": None}
@@ -182,7 +232,7 @@ class _Follower:
         self._mark_engine()
 
     def _follow_model(self, model: nn.Module) -> None:
-        self.trace.mark(_held(model), "weights")
+        self.trace.mark(weights(model), "weights")
         self.trace.vocabularies |= _rows_of_head(model)
         model.register_forward_pre_hook(lambda *_: setattr(self.trace, "phase", "forward"))
         for parameter in model.parameters():
@@ -205,26 +255,13 @@ class _Follower:
 
     def _mark_engine(self) -> None:
         """Weights as the engine has them, and what the optimizer keeps: state, and copies of weights to work on."""
-        if not self.parts.training:
-            return
-        self.trace.mark(_held(self.parts.model), "weights")
-        optimizer = cast("HeldStates", self.parts.step.states).optimizer
-        copies = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        tensors = [value for value in states if isinstance(value, Tensor)]
-        self.trace.mark([*copies, *tensors], "optimizer state")
-        self._mark_held()
-
-    def _mark_held(self) -> None:
-        held = getattr(self.parts.step.states, "held", None)  # of ZeRO
-        for component, tensors in held().items() if held is not None else ():
+        for component, tensors in held(self.parts) if self.parts.training else ():
             self.trace.mark(tensors, component)
 
-
-def _held(model: nn.Module) -> list[Tensor | None]:
-    """Parameters and buffers, and the shares of those that ZeRO-3 has taken apart."""
-    parameters = list(model.parameters())
-    return [*parameters, *(getattr(one, "ds_tensor", None) for one in parameters), *model.buffers()]
+    def _mark_held(self) -> None:
+        of_engine = getattr(self.parts.step.states, "held", None)  # of ZeRO
+        for component, tensors in of_engine().items() if of_engine is not None else ():
+            self.trace.mark(tensors, component)
 
 
 def _rows_of_head(model: Any) -> set[int]:

@@ -49,8 +49,11 @@ class RehearsedParts(Parts):
         """
         return 2 if self.topology.pp.size == 1 else self.topology.pp.size + 1
 
-    def full_batch(self) -> StepBatch:
-        """This rank's share of the largest global batch that can come. With packing a row holds two samples."""
+    def full_batch(self, most: int) -> StepBatch:
+        """This rank's share of the largest global batch that can come, or so many micro-batches of it.
+
+        With packing a row holds two samples.
+        """
         rows, length = self.micro_batch_size, self.config.data.max_length
         ids = torch.zeros(rows, length, dtype=torch.int64)
         positions = (
@@ -60,7 +63,7 @@ class RehearsedParts(Parts):
         # Every token but the last of a row is predicted from those before it.
         places = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
         batch = Batch(ids, ids.clone(), positions, layout, places)
-        count = min(self.config.gradient_accumulation_steps(self.topology.dp.size), self.differing_micro_batches)
+        count = min(self.config.gradient_accumulation_steps(self.topology.dp.size), most)
         return StepBatch([batch] * count, rows * count, rows * count * length, 1.0)
 
 
@@ -75,8 +78,10 @@ def rehearse(parts: RehearsedParts) -> Iterator[Moment]:
     step = parts.step
     yield "engine"
     step.model.train()
-    for _ in range(STEPS):
-        batch = parts.full_batch()
+    # Of several micro-batches the first step needs one: whatever the others hold, they hold more of in the second.
+    alike = not parts.optimizer_can.estimates_curvature  # as that does in the first step alone
+    for number in range(STEPS):
+        batch = parts.full_batch(1 if number == 0 and alike else parts.differing_micro_batches)
         step.forward_backward(batch, batch.tokens * parts.topology.dp.size)
         yield "gradients"
         step.update()

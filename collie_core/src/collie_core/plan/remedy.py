@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from collie_core.errors import CollieError
+from collie_core.plan.children import Killed
 from collie_core.plan.plan import Plan, Shape, make_plan
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def find_remedy(load: Load, processes: int, memory: int, *, gpu: bool) -> Remedy
 
     Raises:
         CollieError: the run as it is cannot be.
+        Killed: a plan was not found out.
     """
     changes: Changes = {}
     config = load(changes)
@@ -52,6 +54,8 @@ def find_remedy(load: Load, processes: int, memory: int, *, gpu: bool) -> Remedy
         try:
             changed = load(changes | more)
             plan = make_plan(changed, processes, gpu=gpu)
+        except Killed:
+            raise
         except CollieError:  # what is refused is no way out; the next may be
             continue
         changes, config = changes | more, changed

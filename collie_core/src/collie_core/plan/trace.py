@@ -11,13 +11,19 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from collie_core.plan.work import Work
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 COMPONENTS = (
     "weights",
@@ -36,6 +42,9 @@ INTERNAL: dict[Any, Callable[..., int]] = {
     torch.ops.aten.logsumexp.default: lambda tensor, *_: tensor.numel() * tensor.element_size()
 }
 """Operations that copy an argument out of the sight of a trace: the bytes that they take, from their arguments."""
+
+
+_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass
@@ -62,6 +71,19 @@ class Peak:
         return sum(self.components.values())
 
 
+Operation = tuple[str, frozenset[tuple[int, ...]]]
+"""Its name, and the shapes of what has come or gone since the one before."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a trace in one phase: its operations in order, and the most that was held at each of them."""
+
+    phase: str
+    operations: tuple[Operation, ...]
+    held: NDArray[np.int64]  # bytes [operations, components]: at the moment of each one at which they add up to most
+
+
 @dataclass
 class MemoryTrace(TorchDispatchMode):
     """A log of storages that come and go, while it is entered.
@@ -74,11 +96,13 @@ class MemoryTrace(TorchDispatchMode):
     phase: str = "setup"
     vocabularies: set[int] = field(default_factory=set)  # last dimensions of logits
     storages: list[Storage] = field(default_factory=list)
+    work: Work | None = None  # counts operations too
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._log: list[tuple[int, int, str]] = []  # (number of a storage, bytes that came or went, phase)
         self._live: dict[int, tuple[int, Any]] = {}  # by address: number, and a reference that tells its end
+        self._operations: list[tuple[str, int]] = []  # (name, events of the log at its end)
         self._begin = 0
         self._paused = False
 
@@ -111,6 +135,33 @@ class MemoryTrace(TorchDispatchMode):
                 most[phase], moments[phase] = held, moment
         return {phase: self._at(moment) for phase, moment in moments.items()}
 
+    def sections(self) -> list[Section]:
+        """What was held at each operation from `begin` on, in parts of one phase."""
+        changes = np.zeros((len(self._log) + 1, len(COMPONENTS)), np.int64)
+        for moment, (number, change, _) in enumerate(self._log):
+            changes[moment + 1, COMPONENTS.index(self._component(self.storages[number]))] = change
+        held = np.cumsum(changes, 0)
+        total = held.sum(1)
+        found = []
+        for phase, spans in itertools.groupby(self._spans(), key=lambda span: self._log[span[1]][2]):
+            listed = list(spans)
+            rows = [begin + 1 + int(total[begin + 1 : end + 2].argmax()) for begin, end, _ in listed]
+            operations = tuple((name, self._shapes(begin, end)) for begin, end, name in listed)
+            found.append(Section(phase, operations, held[rows]))
+        return found
+
+    def _shapes(self, begin: int, end: int) -> frozenset[tuple[int, ...]]:
+        return frozenset(self.storages[number].shape for number, *_ in self._log[begin : end + 1])
+
+    def _spans(self) -> Iterator[tuple[int, int, str]]:
+        """First and last event of each operation that has any, with those before it, and its name; of one phase."""
+        ends = {end - 1: name for name, end in self._operations}
+        begin, last = self._begin, len(self._log) - 1
+        for moment in range(self._begin, last + 1):
+            if moment in ends or moment == last or self._log[moment + 1][2] != self._log[moment][2]:
+                yield begin, moment, ends.get(moment, "")
+                begin = moment + 1
+
     def _at(self, moment: int) -> Peak:
         """What was held after an event of the log."""
         held: dict[int, int] = {}
@@ -130,19 +181,29 @@ class MemoryTrace(TorchDispatchMode):
             return "logits and loss"
         return {"setup": "framework", "forward": "activations"}.get(storage.phase, "temporary")
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper that says so takes as long as an operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # asked for more often than all operations together
         result = func(*args, **(kwargs or {}))
         if self._paused or func.namespace == "prim":  # which asks for attributes
             return result
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._number(tensor)
+        if self.work is not None:
+            self.work.note(func, args, kwargs or {}, result)
         if (internal := INTERNAL.get(func)) is not None:
             self._pass_by(internal(*args), result)
         if func.namespace == "c10d":
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, Tensor) and (number := self._number(tensor)) is not None:
                     self.storages[number].sent = True
+        if not self._operations or len(self._log) > self._operations[-1][1]:
+            self._operations.append((str(func), len(self._log)))
         return result
 
     def _number(self, tensor: Tensor) -> int | None:

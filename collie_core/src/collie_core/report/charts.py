@@ -18,14 +18,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Drawn in these colours, which the finished SVG replaces by CSS variables: one picture for light and dark.
-VARIABLES = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--grid)",
-    "#040404": "var(--series-1)",
-    "#050505": "var(--series-2)",
-}
-INK, MUTED, GRID, FIRST, SECOND = VARIABLES
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+SERIES = tuple(f"#{number:02d}{number:02d}{number:02d}" for number in range(4, 12))
+FIRST, SECOND = SERIES[:2]
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
+VARIABLES |= {color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)}
 
 WIDTH, HEIGHT = 4.6, 2.6  # inches of 72 px: as wide as a phone, where text then has its own size
 FONT = 10.5  # px
@@ -73,18 +70,18 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     )
     norm = series(rows, "grad_norm", noisy=True)
     candidates = [
-        Chart("loss", "Loss (nats per target token)", [train, held_out], _short),
-        Chart("lr", "Learning rate", [series(rows, "learning_rate")], _short_lr),
-        Chart("speed", "Tokens per second", [speed], _short_count, from_zero=True),
-        Chart("memory", "Peak memory (GiB)", [memory], _short, from_zero=True),
-        Chart("norm", "Gradient norm before clipping", [norm], _short, from_zero=True),
+        Chart("loss", "Loss (nats per target token)", [train, held_out], short),
+        Chart("lr", "Learning rate", [series(rows, "learning_rate")], short_lr),
+        Chart("speed", "Tokens per second", [speed], short_count, from_zero=True),
+        Chart("memory", "Peak memory (GiB)", [memory], short, from_zero=True),
+        Chart("norm", "Gradient norm before clipping", [norm], short, from_zero=True),
     ]
     names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)} - KNOWN
     for number, name in enumerate(sorted(names, key=lambda name: (not name.startswith("eval/"), name))):
         is_result = name.startswith("eval/")
         curve = series(rows, name, color=SECOND if is_result else FIRST, noisy=not is_result)
         title = name.removeprefix("eval/").capitalize() if is_result else name
-        candidates.append(Chart(f"other{number}", title, [curve], _short if is_result else _any_size))
+        candidates.append(Chart(f"other{number}", title, [curve], short if is_result else _any_size))
     return [chart for chart in candidates if any(np.isfinite(one.values).any() for one in chart.series)]
 
 
@@ -120,7 +117,18 @@ def thinned(values: NDArray[np.float64], buckets: int = BUCKETS) -> NDArray[np.i
 
 
 def to_svg(chart: Chart) -> str:
-    """The chart as one `<svg>` element without fonts, scripts or anything outside of it."""
+    """The chart as one `<svg>` element."""
+    return drawn(chart.name, chart.title, lambda axes: _draw(axes, chart))
+
+
+def drawn(name: str, title: str, draw: Callable[[Axes], None]) -> str:
+    """What `draw` draws as one `<svg>` element without fonts, scripts or anything outside of it.
+
+    Args:
+        name: unique on the page.
+        title: for those who cannot see it.
+        draw: with the colours of `VARIABLES`.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -129,11 +137,11 @@ def to_svg(chart: Chart) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "collie"}):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)
-        _draw(figure.add_subplot(), chart)
+        draw(figure.add_subplot())
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return _inline(buffer.getvalue(), chart)
+    return _inline(buffer.getvalue(), name, title)
 
 
 def _draw(axes: Axes, chart: Chart) -> None:
@@ -142,21 +150,26 @@ def _draw(axes: Axes, chart: Chart) -> None:
     for one in chart.series:
         _draw_series(axes, one)
     axes.yaxis.set_major_formatter(lambda value, _: chart.tick(value))
-    axes.xaxis.set_major_formatter(lambda value, _: _short_count(value))
+    axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     last = max(one.steps[-1] for one in chart.series if len(one.steps))
     axes.set_xlim(-0.02 * last, max(1, 1.02 * last))
     if chart.from_zero:
         axes.set_ylim(0, 1.08 * max(np.nanmax(one.values) for one in chart.series) or 1)
-    axes.set_xlabel("step", color=MUTED, fontsize=FONT)
-    axes.tick_params(colors=MUTED, labelsize=FONT, length=0)
+    furnish(axes, "step")
+    if sum(len(one.values) > 0 for one in chart.series) > 1:
+        axes.legend(frameon=False, fontsize=FONT, labelcolor=INK)
+
+
+def furnish(axes: Axes, x_label: str) -> None:
+    """Labels and grid as all charts have them."""
+    axes.set_xlabel(x_label, color=MUTED, fontsize=FONT)
+    axes.tick_params(which="both", colors=MUTED, labelsize=FONT, length=0)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    if sum(len(one.values) > 0 for one in chart.series) > 1:
-        axes.legend(frameon=False, fontsize=FONT, labelcolor=INK)
 
 
 def _draw_series(axes: Axes, one: Series) -> None:
@@ -180,10 +193,10 @@ def smoothed(values: NDArray[np.float64], least: int = 60) -> NDArray[np.float64
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def _inline(svg: str, chart: Chart) -> str:
+def _inline(svg: str, name: str, title: str) -> str:
     """`svg` as an element of a page: no prolog, no metadata, unique ids, colours by variable, size by CSS."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{chart.name}-", svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)  # the family is the page's
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, variable)
@@ -191,24 +204,24 @@ def _inline(svg: str, chart: Chart) -> str:
     view_box = re.search(r'viewBox="[^"]*"', head)
     assert view_box is not None
     body = re.sub(r' ?xlink:href="', ' href="', body)
-    return f'<svg {view_box.group(0)} role="img" aria-label="{escape(chart.title)}">{body}'
+    return f'<svg {view_box.group(0)} role="img" aria-label="{escape(title)}">{body}'
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _short_count(value: float) -> str:
+def short_count(value: float) -> str:
     return text.count(value).replace(".0 ", " ")
 
 
 def _any_size(value: float) -> str:
-    return _short(value) if abs(value) < 10_000 else _short_count(value)
+    return short(value) if abs(value) < 10_000 else short_count(value)
 
 
-def _short_lr(value: float) -> str:
+def short_lr(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")

@@ -247,6 +247,8 @@ def summary_rows(run: Run) -> Iterator[tuple[str, str]]:
     running = [str(facts[name]) for name in ("precision", "device", "engine") if name in facts]
     if running:
         yield "runs in", ", ".join(running)
+    if "memory" in facts:
+        yield "memory", str(facts["memory"])
     if "server" in facts:
         yield "server", str(facts["server"])
     if facts.get("plugins"):

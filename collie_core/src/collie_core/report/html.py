@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collie_core.generate import SampleText
 
 TEMPLATE = Path(__file__).with_name("report.html.template")
+STYLE = Path(__file__).with_name("style.css")
 
 logger = logging.getLogger("collie")
 
@@ -99,15 +100,16 @@ def write_report(output_dir: Path) -> Path:
     environment = _read_json(output_dir / ENVIRONMENT) or {}
     config = output_dir / CONFIG
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        style=STYLE.read_text(encoding="utf-8"),
         title=escape(output_dir.resolve().name),
         outcome=escape(written.get("outcome", "not finished")),
         tiles="".join(_tiles(rows, written)),
         charts="".join(_figures(rows)),
-        summary=_table(written.get("text", [])),
+        summary=table(written.get("text", [])),
         answers=_answers_section(written.get("answers", [])),
-        plugins=_table([_plugin_row(plugin) for plugin in plugins], head=("name", "kind", "from")),
+        plugins=table([_plugin_row(plugin) for plugin in plugins], head=("name", "kind", "from")),
         config=escape(config.read_text(encoding="utf-8") if config.exists() else ""),
-        environment=_table(_environment_rows(environment)),
+        environment=table(_environment_rows(environment)),
     )
     path = output_dir / REPORT
     path.write_text(page, encoding="utf-8")
@@ -150,21 +152,22 @@ def _tiles(rows: Sequence[Mapping[str, Any]], written: Mapping[str, Any]) -> Ite
     for row in rows:
         last.update(row)
     if "step" in last:
-        yield _tile("steps", f"{last['step']:,}")
+        yield tile("steps", f"{last['step']:,}")
     if "loss" in last:
-        yield _tile("last loss", text.loss(last["loss"]))
+        yield tile("last loss", text.loss(last["loss"]))
     for name, value in last.items():
         if name.startswith("eval/"):
-            yield _tile(name, text.loss(value))
+            yield tile(name, text.loss(value))
     if best := written.get("best"):
-        yield _tile(f"best {best['metric']}, step {best['step']}", text.loss(best["value"]))
+        yield tile(f"best {best['metric']}, step {best['step']}", text.loss(best["value"]))
     if last.get("tokens") is not None:
-        yield _tile("tokens", text.count(last["tokens"]))
+        yield tile("tokens", text.count(last["tokens"]))
     if "seconds" in written:
-        yield _tile("time", text.duration(written["seconds"]))
+        yield tile("time", text.duration(written["seconds"]))
 
 
-def _tile(name: str, value: str) -> str:
+def tile(name: str, value: str) -> str:
+    """A number and what it is."""
     return f"<div class=tile><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n"
 
 
@@ -175,7 +178,8 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"<figure><figcaption>{escape(chart.title)}</figcaption>\n{to_svg(chart)}</figure>\n"
 
 
-def _table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """Rows of text as a table."""
     body = "".join(_row(row, "td") for row in rows)
     return f"<table>{_row(head, 'th') if head and body else ''}{body}</table>" if body else "<p>none</p>"
 
@@ -188,8 +192,8 @@ def _answers_section(rows: Sequence[Mapping[str, str]]) -> str:
     if not rows:
         return ""
     head = list(rows[0])
-    table = _table([[row.get(name, "") for name in head] for row in rows], head)
-    return f"<section class=answers><h2>Held-out samples</h2>\n{table}</section>\n"
+    samples = table([[row.get(name, "") for name in head] for row in rows], head)
+    return f"<section class=answers><h2>Held-out samples</h2>\n{samples}</section>\n"
 
 
 def _plugin_row(plugin: Mapping[str, str]) -> tuple[str, str, str]:

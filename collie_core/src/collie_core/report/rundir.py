@@ -23,6 +23,7 @@ CONFIG = "config.yaml"
 PLUGINS = "plugins.json"
 ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
+PLAN = "plan.json"
 METRICS = "metrics.jsonl"
 CSV = "metrics.csv"
 REPORT = "report.html"
@@ -56,6 +57,7 @@ OWN_FILES = (
     PLUGINS,
     ENVIRONMENT,
     SUMMARY,
+    PLAN,
     METRICS,
     CSV,
     REPORT,
@@ -257,7 +259,8 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _packages() -> dict[str, str]:
-    found = [(item.name, item.version) for item in metadata.distributions() if item.name]
+    headers = [item.metadata for item in metadata.distributions()]  # read once: `name` and `version` read it each
+    found = [(item["Name"], item["Version"]) for item in headers if item["Name"]]
     return dict(sorted(found, key=lambda item: item[0].lower()))
 
 

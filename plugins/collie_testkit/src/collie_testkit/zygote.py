@@ -1,7 +1,7 @@
 """Run a function of a test file on several gloo ranks, without paying for the imports each time.
 
-A child process imports torch and transformers once; for every request it forks one process per rank. A rank that does
-not finish in time prints the stack of each of its threads and ends; the others are then killed.
+A child process imports what a run needs once; for every request it forks one process per rank. A rank that does not
+finish in time prints the stack of each of its threads and ends; the others are then killed.
 
     with Zygote() as zygote:
         results = zygote.run(__file__, "train_two_steps", world_size=2, args=(path,))
@@ -10,6 +10,7 @@ not finish in time prints the stack of each of its threads and ends; the others 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import importlib.util
 import os
 import pickle
@@ -76,15 +77,7 @@ def _serve() -> None:
     """Fork ranks for each request on standard input until it closes."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing a library prints may get between the answers
-    import torch
-    import transformers  # noqa: F401
-
-    if importlib.util.find_spec("deepspeed") is not None:
-        import deepspeed  # noqa: F401
-    if importlib.util.find_spec("peft") is not None:
-        import peft  # noqa: F401
-
-    torch.set_num_threads(1)
+    _import_everything()
     while True:
         try:
             request = pickle.load(sys.stdin.buffer)  # noqa: S301  (our own parent)
@@ -93,6 +86,26 @@ def _serve() -> None:
         with tempfile.TemporaryDirectory() as folder:
             pickle.dump(_run_ranks(Path(folder), *request), answers)
             answers.flush()
+
+
+def _import_everything() -> None:
+    """What each rank would import else, and what transformers finds out when it first writes a model."""
+    import datasets  # noqa: F401
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    from collie_core.api import Trainer  # noqa: F401
+
+    for name in ("deepspeed", "peft"):
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    torch.set_num_threads(1)
+    tiny = LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=8)
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(tiny).save_pretrained(folder)
+    logging.enable_progress_bar()
 
 
 def _run_ranks(

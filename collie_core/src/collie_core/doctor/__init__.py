@@ -1,0 +1,1 @@
+"""Whether this machine is fit to train: what is installed, what it has, and what stands in the way."""

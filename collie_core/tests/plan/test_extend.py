@@ -1,0 +1,111 @@
+"""Traces of a few layers stand for those of many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from collie_core.config.run import RunConfig
+from collie_core.data.tokenizer import build_tokenizer
+from collie_core.plan.children import each_in_child
+from collie_core.plan.extend import Trace, alike, extended
+from collie_core.plan.layers import layers_of
+from collie_core.plan.predict import RankTrace, trace_rank
+from collie_core.plan.trace import COMPONENTS, Section
+from collie_core.plan.work import extended_work
+
+MANY = 8
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": MANY,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def run(**changes: Any) -> RunConfig:
+    sections: dict[str, Any] = {
+        "model": {"config": LLAMA},
+        "tokenizer": "byte",
+        "data": {"train": "unread.jsonl", "max_length": 64},
+        "train": {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    }
+    return RunConfig(**sections | changes)
+
+
+def section(*steps: tuple[str, int]) -> Section:
+    """In which each operation holds so many bytes of activations."""
+    held = np.zeros((len(steps), len(COMPONENTS)), np.int64)
+    held[:, COMPONENTS.index("activations")] = [nbytes for _, nbytes in steps]
+    return Section("forward", tuple((name, frozenset()) for name, _ in steps), held)
+
+
+def forward(layers: int) -> Section:
+    """Layers that keep 10 bytes each, and a head that holds more than one of them, once."""
+    kept = [(name, 10 * number + more) for number in range(layers) for name, more in (("mix", 5), ("add", 10))]
+    return section(("embed", 1), *kept, ("head", 10 * layers + 100))
+
+
+def test_what_grows_with_the_layers_grows_on() -> None:
+    peaks = extended(Trace(2, [forward(2)]), Trace(3, [forward(3)]), 40)
+    assert peaks["forward"].total == 500
+
+
+def test_the_operation_of_the_peak_may_be_another_one_in_a_deep_model() -> None:
+    def section_of(layers: int) -> Section:
+        return section(("first", 1000 + layers), *[("layer", 1)] * layers, ("last", 100 * layers))
+
+    peaks = extended(Trace(2, [section_of(2)]), Trace(3, [section_of(3)]), 40)
+    assert peaks["forward"].total == 4000
+
+
+def test_other_phases_are_no_extension() -> None:
+    assert alike([forward(2)], [forward(3)])
+    assert not alike([forward(2)], [forward(3)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes"),
+    [
+        ({}, 1),
+        (
+            {
+                "model": {"config": LLAMA, "gradient_checkpointing": "full"},
+                "optimizer": "lion",
+                "parallel": {"tensor_parallel_size": 2},
+            },
+            2,
+        ),
+        ({"parallel": {"pipeline_parallel_size": 2}}, 2),
+        ({"parallel": {"zero_stage": 3}}, 2),
+    ],
+    ids=["plain", "lion-checkpointing-tp2", "pp2", "zero3"],
+)
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
+def test_few_layers_say_what_many_hold_and_do(changes: dict[str, Any], processes: int) -> None:
+    config = run(**changes)
+    layers = layers_of(config, build_tokenizer(config.tokenizer, config.model))
+    assert layers is not None
+    assert sum(layers.of_stage) == MANY
+    each = layers.of_stage[0]
+    low, high, whole = each_in_child(trace_rank, [(config, 0, processes, 512, depth) for depth in (2, 3, None)])
+    assert isinstance(whole, RankTrace)
+    bounded = config.parallel.zero_stage > 0
+    found = extended(Trace(2, low.sections), Trace(3, high.sections), each, bounded=bounded)
+    for phase, peak in found.items():
+        most = max(int(part.held.sum(1).max()) for part in whole.sections if part.phase == phase)
+        assert peak.total == pytest.approx(most, rel=0.005)
+    work = extended_work(low.steps[1], high.steps[1], each - 2)
+    assert work.flops == whole.steps[1].flops > 0
+    for ranks, nbytes in whole.steps[1].sent.items():
+        assert work.sent[ranks] == pytest.approx(nbytes, rel=0.02)
+
+
+def test_layers_that_differ_do_not_stand_for_each_other() -> None:
+    qwen = {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}
+    config = run(model={"config": qwen})
+    assert layers_of(config, build_tokenizer(config.tokenizer, config.model)) is None
