@@ -234,8 +234,11 @@ def every_family(context: Context) -> None:
     tried = []
     for name in context.plugins.names("model"):
         other = Context("model", name, context.folder, context.zygote, plugins=context.plugins)
+        raw = families.small_config(other)
+        if "num_experts" in raw:
+            continue  # the core refuses an adapter on experts that ranks share
         try:
-            folder = families.write_files(other, context.folder / name, families.small_config(other))
+            folder = families.write_files(other, context.folder / name, raw)
         except (Skipped, ModelError):  # its config is not what the kit makes; its own author gives one
             continue
         if _same_on(context, context.section, folder, ("tp2",)):

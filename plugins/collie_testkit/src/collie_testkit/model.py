@@ -35,6 +35,7 @@ SMALL = {key: value for key, value in LLAMA.items() if key != "model_type"} | {
     "num_hidden_layers": 4,
     "head_dim": 8,  # wide heads have gradients so small that AdamW makes steps of their rounding
     "query_pre_attn_scalar": 8,
+    "num_experts": 4,
     "tie_word_embeddings": False,
 }
 STEPS, RATE = 8, 1e-3
