@@ -63,7 +63,7 @@ class EvaluatorCan(Can):
 @dataclass(frozen=True)
 class AdapterCan(Can):
     peft_type: str = ""  # what peft's files call it, where that is not the name in capitals
-    starts_as_identity: bool = False  # attached with the defaults of its section it changes nothing, until it is trained
+    starts_as_identity: bool = False  # attached with the defaults of its section it changes nothing, as yet
 
 
 @dataclass(frozen=True)
