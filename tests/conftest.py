@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if mark is None or mark.kwargs["level"] < 2:
             continue
         turn += 1
-        if turn % TURNS:
+        if turn % TURNS or item.name.endswith("[every_family]"):  # that one takes half a minute
             item.add_marker(in_everything)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from combos import more
 from families import reference, write_family
 from peft.tuners.adalora import RankAllocator
 from plain import PlainRun
@@ -32,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama_tied": OPTIONS,
     "internlm2": OPTIONS | {"deltaT": 2, "orth_reg_weight": 0.1},
 }
-TOPOLOGIES = ["dp1", "tp2", "pp2", "tp2pp2", "tp2dp2"]
+TOPOLOGIES = ["dp1", "tp2", "pp2", "tp2pp2", more("tp2dp2")]
 
 
 class Ranks:

@@ -145,7 +145,7 @@ def digest(folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
-@pytest.mark.parametrize("topology", [more(name) if name in ("tp2", "tp2dp2") else name for name in TOPOLOGIES])
+@pytest.mark.parametrize("topology", [more(name) if name in ("tp2", "tp2dp2", "tp4") else name for name in TOPOLOGIES])
 def test_a_topology_trains_an_adapter_as_peft_does(
     topology: str, zygote: Any, families: Path, plain: Plain, instructions: Path, tmp_path: Path
 ) -> None:
@@ -210,7 +210,7 @@ def run_one(
         ("dp2zero2", {"use_dora": True}, {}),
         ("pp2", {"use_dora": True}, {}),
         ("dp2zero3", {}, {"parallel.offload_param": True, "parallel.offload_optimizer": True}),
-        ("tp2dp2zero3", {}, {"optimizer": {"type": "sophia", "lr": 1e-3, "hessian_interval": 3}}),
+        more("tp2dp2zero3", {}, {"optimizer": {"type": "sophia", "lr": 1e-3, "hessian_interval": 3}}),
         ("tp2", {}, {"optimizer": {"type": "muon", "lr": 1e-2}}),
         ("tp2pp2", {"type": "bottleneck", "reduction_factor": 4}, {}),
         ("tp2", {"type": "bottleneck", "placement": "pfeiffer"}, {"parallel.sequence_parallel": True}),
@@ -218,7 +218,7 @@ def run_one(
         ("tp2pp2", {"type": "prompt_tuning", "prompt_tuning_init": "SAMPLE_VOCAB"}, {}),
         ("tp2dp2zero1", {"type": "p_tuning", "encoder_reparameterization_type": "LSTM"}, {}),
         ("pp2", {"type": "prompt_tuning"}, {"model.gradient_checkpointing": "full"}),
-        ("tp2dp2", {}, {"optimizer": {"type": "adalomo", "lr": 1e-2}, "train.gradient_accumulation_steps": 1}),
+        more("tp2dp2", {}, {"optimizer": {"type": "adalomo", "lr": 1e-2}, "train.gradient_accumulation_steps": 1}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "-",
 )

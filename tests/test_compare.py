@@ -104,7 +104,7 @@ def test_after_a_kill_only_what_is_missing_is_done(
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("optimizers", "adapters"),
-    [("sophia,adalomo", "lora"), more("adamw,lion,adan,sophia,lomo,adalomo", "none,lora")],
+    [more("sophia,adalomo", "lora"), more("adamw,lion,adan,sophia,lomo,adalomo", "none,lora")],
 )
 def test_real_weights_and_rows_from_one_command(
     optimizers: str, adapters: str, real_data: Path, zygote: Any, tmp_path: Path

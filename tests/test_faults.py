@@ -189,7 +189,7 @@ def hanging(own: Sections, how: str, rank: int) -> None:
             1,
             r"rank 1 of 2 on \S+ is late: after step 3, in `time\.sleep\(100\)` at \S*test_faults\.py:\d+ \(",
         ),
-        ("is stopped", 1, r"rank 1 of 2 on \S+ is late: no answer, so stopped or blocked"),
+        more("is stopped", 1, r"rank 1 of 2 on \S+ is late: no answer, so stopped or blocked"),
         ("is stopped", 0, r"rank 0 of 2 on \S+ is late: no answer, so stopped or blocked"),
     ],
     ids=["rank 1 sleeps", "rank 1 is stopped", "rank 0 is stopped"],

@@ -322,6 +322,7 @@ def test_a_file_that_one_host_lacks_ends_both(hosts: Cable, run_file: Path) -> N
         assert re.search(r"^rank [23] of 4 on hostB failed: .*missing\.yaml: the file: cannot be read", job.said, re.M)
 
 
+@in_everything
 def test_a_killed_rank_under_srun_ends_both(hosts: Cable, run_file: Path, site: Path, tmp_path: Path) -> None:
     variables = {"PYTHONPATH": str(site), "STEP_S": "0.2"}
     jobs = srun(hosts, tmp_path, 2, str(run_file), "train.max_steps=10000", **variables)

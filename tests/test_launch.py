@@ -97,7 +97,7 @@ def test_two_processes_give_the_losses_of_one(run_file: Path, tmp_path: Path) ->
     ("fault", "said"),
     [
         ("error", "rank 1 of 2 failed: the cable of rank one is cut"),
-        ("bug", "ZeroDivisionError: a bug of rank one"),
+        more("bug", "ZeroDivisionError: a bug of rank one"),
         ("kill", "rank 1 of 2 was ended by SIGKILL"),
     ],
 )

@@ -21,7 +21,7 @@ from collie_core.parts import HandedIn, Parts
 
 STEPS, BATCH = 20, 4
 IN_BACKWARD = ("lomo", "adalomo")
-TOPOLOGIES = ["dp2", more("tp2"), "pp2", "tp2dp2zero1", more("dp2zero2"), "dp2zero3"]
+TOPOLOGIES = [*map(more, ("dp2", "tp2", "tp2dp2zero1", "dp2zero2")), "pp2", "dp2zero3"]
 
 
 def names_on(topology: str) -> list[str]:

@@ -21,15 +21,15 @@ from collie_core.api import RunConfig, Trainer
 STEPS, BATCH = 8, 8
 TOPOLOGIES = [
     "dp1",
-    "tp2",
+    more("tp2"),
     more("tp4"),
     more("pp2"),
     "pp3",
     more("tp2pp2"),
     "tp2pp2dp2zero1",
     more("dp2zero1"),
-    "dp2zero2",
-    "dp2zero3",
+    more("dp2zero2"),
+    more("dp2zero3"),
     more("tp2dp2zero1"),
     more("tp2dp2zero2"),
     "tp2dp2zero3",

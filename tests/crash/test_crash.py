@@ -28,7 +28,7 @@ from collie_core.checkpoint.run import Checkpoints
 from collie_testkit.zygote import RanksFailed
 
 STEPS = 8
-COUNT = int(os.environ.get("COLLIE_CRASHES", "12"))
+COUNT = int(os.environ.get("COLLIE_CRASHES", "8"))
 TOPOLOGIES = ("dp1", "dp1", "dp2", "dp1", "dp1", "tp2")  # as often as they stand here
 PHASES = ("collie_before_step", "collie_before_update", "collie_after_step")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -47,6 +48,15 @@ def deepspeed_start(local_rank: int) -> Iterator[None]:
             del deepspeed.ops.__compatible_ops__
         else:
             deepspeed.ops.__compatible_ops__ = known
+
+
+def forget_deepspeed_groups() -> None:
+    """Let DeepSpeed (0.19.8) make its process groups anew, where those that it keeps went with an earlier one of torch.
+
+    It forgets them only when it destroys the groups itself.
+    """
+    if "deepspeed" in sys.modules:
+        import_module("deepspeed.utils.groups")._release_process_group_references()
 
 
 @contextmanager

@@ -27,9 +27,10 @@ def _options(config: OptimizerConfig) -> dict[str, Any]:
     ("build", "reference", "options"),
     [
         (adamw, torch.optim.AdamW, _options(AdamWConfig(lr=0.01, betas=(0.8, 0.9)))),
+        (sgd, torch.optim.SGD, _options(SGDConfig(lr=0.01))),
         (sgd, torch.optim.SGD, _options(SGDConfig(lr=0.01, momentum=0.9, nesterov=True))),
     ],
-    ids=["adamw", "sgd"],
+    ids=["adamw", "sgd", "momentum"],
 )
 def test_the_updates_are_those_of_torch(build: Any, reference: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -37,7 +38,7 @@ def test_the_updates_are_those_of_torch(build: Any, reference: Any, options: dic
     other = copy.deepcopy(model)
     ours = build(_groups(model), **options)
     theirs = reference(_groups(other), foreach=False, **options)
-    assert ours.defaults["fused"]
+    assert ours.defaults["fused"] == (not options.get("momentum"))  # there torch's kernel fails
     x = torch.randn(3, 7)  # [B, D]
     for _ in range(20):
         for net, optimizer in ((model, ours), (other, theirs)):

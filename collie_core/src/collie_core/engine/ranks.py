@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from collie_core.compat import deepspeed_start
+from collie_core.compat import deepspeed_start, forget_deepspeed_groups
 from collie_core.errors import RunError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def start_deepspeed(topology: Topology) -> None:
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        forget_deepspeed_groups()
     with deepspeed_start(topology.local_rank):
         import deepspeed
 

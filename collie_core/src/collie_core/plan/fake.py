@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from collie_core.compat import (
     deepspeed_without_values,
+    forget_deepspeed_groups,
     modules_convert_fake_tensors,
     transformers_without_values,
 )
@@ -49,6 +50,7 @@ def fake_rank(rank: int, world_size: int, trace: MemoryTrace, *, packing: bool, 
         stack.enter_context(patch("torch.cuda.is_available", lambda: False))  # which a fork could not use
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
+        forget_deepspeed_groups()  # of the process that forked this one
         stack.enter_context(transformers_without_values(packing=packing))
         if zero:
             stack.enter_context(deepspeed_without_values())
