@@ -111,6 +111,14 @@ def test_deepspeed_step_equals_a_hand_written_loop(stage: int, offload: dict[str
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_deepspeed_starts_again_after_a_program_has_ended_the_process_group() -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of collie-core and is not installed")
+    first = drive(deepspeed_step(3), make_batches())
+    torch.distributed.destroy_process_group()
+    assert drive(deepspeed_step(3), make_batches()) == first
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", [torch_step, lambda dtype: deepspeed_step(1, dtype)], ids=["torch", "deepspeed"])
 def test_bfloat16_follows_float32(make: Callable[[torch.dtype], Step]) -> None:
     expected, _ = reference(make_batches())

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch.distributed as dist
 
 from collie_core import watch
 from collie_core.cli import main
@@ -19,13 +18,6 @@ from collie_core.plan.before_run import changed, plan_before_run
 from collie_core.plan.room import Room
 
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def no_process_group() -> None:
-    """What a test before these has left behind in this process."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from collie_core.config.run import RunConfig
 from collie_core.errors import OutOfMemory, PluginError
@@ -31,13 +30,6 @@ LLAMA = {
 ROWS = [{"input": f"{number} plus one is ", "output": str(number + 1)} for number in range(8)]
 MEBIBYTES = 2**20
 OF_CUDA = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which"
-
-
-@pytest.fixture(autouse=True)
-def no_process_group() -> None:
-    """What a test before these has left behind in this process."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def trainer(folder: Path, fail: Callable[[], object], **train: Any) -> Trainer:

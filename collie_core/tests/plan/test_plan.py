@@ -30,13 +30,6 @@ LLAMA = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_process_group() -> None:
-    """What a test before these has left behind in this process."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def sections(**changes: Any) -> dict[str, Any]:
     return {
         "model": {"config": LLAMA},
