@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # of make are not run here.
 WHICH = "collie compare examples/quickstart.yaml --optimizers adamw,lion"
 RATES = "--learning-rates lion=3e-4,1e-3"
-FEW = "train.max_steps=20 train.num_train_epochs=null"
+FEW = "train.max_steps=5 train.num_train_epochs=null"
 FINETUNE = "model.model_name_or_path=runs/quickstart/model data.max_length=256"
 ADALOMO = "collie train examples/quickstart.yaml optimizer.type=adalomo optimizer.lr=1e-2 train.max_grad_norm=0"
 SHORTER = {
     f"{WHICH},adalomo {RATES} --learning-rates adalomo=3e-3,1e-2 --output runs/which train.max_steps=100": (
         f"{WHICH} --learning-rates lion=1e-3 --output runs/which train.max_steps=2 data.max_length=32 evaluation={{}}"
     ),
-    "make quickstart": "collie train examples/quickstart.yaml train.max_steps=20 evaluation.steps=null",
+    "make quickstart": "collie train examples/quickstart.yaml train.max_steps=8 evaluation.steps=null",
     f"collie train run.yaml {FINETUNE} optimizer.lr=1e-3": f"collie train run.yaml {FINETUNE} {FEW}",
     f"collie train lora.yaml {FINETUNE}": f"collie train lora.yaml {FINETUNE} {FEW}",
     f"{ADALOMO} train.max_steps=50 train.output_dir=runs/adalomo": f"{ADALOMO} train.max_steps=4 evaluation.steps=null",

@@ -282,6 +282,7 @@ def test_two_hosts_give_the_losses_of_one_process(hosts: Cable, run_file: Path, 
     assert max(abs(first - second) for first, second in zip(one, eight, strict=True)) <= 1e-5
 
 
+@in_everything
 def test_a_cut_cable_ends_both_hosts(hosts: Cable, run_file: Path, site: Path) -> None:
     arguments = (str(run_file), *TP2PP2DP2, "train.max_steps=10000")
     a, b = (

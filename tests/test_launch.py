@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from combos import more
+from combos import in_everything, more
 from fake_dists import write_distribution
 
 from collie_core.api import RunError, Topology
@@ -218,6 +218,7 @@ def watched_twice() -> None:
             topology.barrier()
 
 
+@in_everything
 def test_sizes_alone_start_their_processes_and_evaluation_takes_the_same_run_file(
     run_file: Path, instructions: Path
 ) -> None:

@@ -259,7 +259,7 @@ def weights_of(model: nn.Module) -> list[Tensor]:
         more("tp2", ["adalomo", "muon"]),
         more("dp2", ["adalomo", "sophia"]),
         more("dp2zero2", ["adan", "sophia"]),
-        ("dp2zero3", ["adalomo", "sophia"]),
+        more("dp2zero3", ["adalomo", "sophia"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from combos import in_everything
 from plain import PlainRun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -89,6 +90,7 @@ def test_a_run_equals_a_plain_loop_however_it_is_cut(tiny_llama: Path, instructi
 
 
 @pytest.mark.real
+@in_everything
 def test_a_real_run_equals_a_plain_loop_however_it_is_cut(real_data: Path, tmp_path: Path) -> None:
     assert_parity(real_data / "stories260K-hf", real_data / "text" / "gsm8k_train_2000.jsonl", tmp_path)
 

@@ -357,7 +357,7 @@ REAL = {
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["gsm8k", *map(more, ("chat packed", "alpaca", "chat", "shakespeare", "shakespeare packed"))]
+    "name", [*map(more, ("gsm8k", "chat packed", "alpaca", "chat", "shakespeare", "shakespeare packed"))]
 )
 def test_real_weights_learn_real_texts(name: str, real_data: Path, tmp_path: Path) -> None:
     file, options = REAL[name]
