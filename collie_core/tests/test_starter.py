@@ -27,7 +27,11 @@ def fail(message, code=1, details="", mends=True, about=None, at=0.0):
 def wait_for(signal_number, then):
     got = []
     signal.signal(signal_number, lambda *_: got.append(1))
-    os.kill(os.getppid(), signal_number) if rank == 0 else None
+    folder = os.path.dirname(os.environ["TORCHELASTIC_ERROR_FILE"])
+    open(folder + "/ready-" + str(rank), "w").close()
+    if rank == 0:
+        while not os.path.exists(folder + "/ready-1"): time.sleep(0.01)
+        os.kill(os.getppid(), signal_number)
     while not got: time.sleep(0.01)
     then()
 """

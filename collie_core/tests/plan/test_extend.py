@@ -75,7 +75,7 @@ def test_other_phases_are_no_extension() -> None:
         (
             {
                 "model": {"config": LLAMA, "gradient_checkpointing": "full"},
-                "optimizer": "lion",
+                "optimizer": {"type": "sgd", "lr": 0.1, "momentum": 0.9},
                 "parallel": {"tensor_parallel_size": 2},
             },
             2,
@@ -83,7 +83,7 @@ def test_other_phases_are_no_extension() -> None:
         ({"parallel": {"pipeline_parallel_size": 2}}, 2),
         ({"parallel": {"zero_stage": 3}}, 2),
     ],
-    ids=["plain", "lion-checkpointing-tp2", "pp2", "zero3"],
+    ids=["plain", "momentum-checkpointing-tp2", "pp2", "zero3"],
 )
 @pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
 def test_few_layers_say_what_many_hold_and_do(changes: dict[str, Any], processes: int) -> None:
