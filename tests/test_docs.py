@@ -65,7 +65,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def environment(workspace: Path, programs: Path) -> dict[str, str]:
     """A person's shell: the tools of this environment first, plugins of the page found, no network."""
     binaries = Path(sys.executable).parent
-    return os.environ | {
+    # Not what DeepSpeed has left in this process.
+    return {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"} | {
         "PATH": os.pathsep.join([str(programs), str(binaries), os.environ["PATH"]]),
         "PYTHONPATH": str(workspace / "site"),
         "PIP_TARGET": str(workspace / "site"),

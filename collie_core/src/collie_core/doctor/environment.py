@@ -23,7 +23,7 @@ SLOWING = {
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "every tensor is allocated by the driver",
     "TORCH_SHOW_CPP_STACKTRACES": "every error collects a stack of C++",
 }
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # LOCAL_RANK alone makes nobody wait
 
 
 def check() -> Iterator[Finding]:
