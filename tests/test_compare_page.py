@@ -50,17 +50,10 @@ def page(tmp_path: Path) -> Path:
 
 def look_at(page_file: Path) -> dict[str, Any]:
     """What a person sees who opens the file."""
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect
 
-    seen: dict[str, Any] = {"complaints": [], "asked": set()}
-    assert EXECUTABLE is not None
-    arguments = ["--no-sandbox", "--disable-gpu", "--headless"]
-    with sync_playwright() as playwright:
-        options: dict[str, Any] = {"executable_path": EXECUTABLE, "env": chromium.environment(EXECUTABLE)}
-        browser = playwright.chromium.launch(args=arguments, **options)
-        page = browser.new_page(viewport={"width": 1180, "height": 900})
-        page.on("console", lambda message: seen["complaints"].append(message.text))
-        page.on("pageerror", lambda error: seen["complaints"].append(str(error)))
+    seen: dict[str, Any] = {"asked": set()}
+    with chromium.opened(1180, 900) as (page, seen["complaints"]):
         page.on("request", lambda request: seen["asked"].add(request.url))
         page.goto(page_file.as_uri())
         expect(page.locator("h1")).to_have_text("six optimizers & two adapters")
@@ -80,7 +73,6 @@ def look_at(page_file: Path) -> dict[str, Any]:
         seen["overflow"] = page.evaluate("document.documentElement.scrollWidth")
         page.set_viewport_size({"width": 360, "height": 640})
         seen["width"] = page.evaluate("document.documentElement.scrollWidth")
-        browser.close()
     return seen
 
 

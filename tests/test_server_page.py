@@ -28,17 +28,10 @@ pytestmark = pytest.mark.skipif(
 
 def use_the_page(url: str) -> dict[str, Any]:
     """What a person sees who chats, stops an answer, compares and watches the loss."""
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect
 
-    seen: dict[str, Any] = {"complaints": [], "hosts": set()}
-    assert EXECUTABLE is not None
-    arguments = ["--no-sandbox", "--disable-gpu", "--headless"]
-    with sync_playwright() as playwright:
-        options: dict[str, Any] = {"executable_path": EXECUTABLE, "env": chromium.environment(EXECUTABLE)}
-        browser = playwright.chromium.launch(args=arguments, **options)
-        page = browser.new_page(viewport={"width": 1000, "height": 800})
-        page.on("console", lambda message: seen["complaints"].append(message.text))
-        page.on("pageerror", lambda error: seen["complaints"].append(str(error)))
+    seen: dict[str, Any] = {"hosts": set()}
+    with chromium.opened(1000, 800) as (page, seen["complaints"]):
         page.on("request", lambda request: seen["hosts"].add(request.url.split("/")[2]))
         page.goto(url)
         expect(page.locator("#progress")).to_contain_text("of 100000")
@@ -79,7 +72,6 @@ def use_the_page(url: str) -> dict[str, Any]:
                 page.screenshot(path=f"{folder}/server-{scheme}.png")
         page.set_viewport_size({"width": 360, "height": 640})
         seen["width"] = page.evaluate("document.documentElement.scrollWidth")
-        browser.close()
     return seen
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
+
+from collie_testkit import training
+from collie_testkit.training import ranks_of as world_size_of
+
+__all__ = ["FAMILIES", "OPTIMIZERS", "sizes_of", "world_size_of"]
 
 FAMILIES = ["llama", "llama_tied", "mistral", "qwen3", "internlm", "internlm2", "internlm3"]
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -20,10 +24,4 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 def sizes_of(topology: str) -> dict[str, int]:
     """`tp2pp2dp2zero1` in numbers; `offload1` keeps in host memory what that stage of ZeRO can."""
-    found = {name: int(size) for name, size in re.findall(r"([a-z]+)(\d+)", topology)}
-    return {"tp": 1, "pp": 1, "dp": 1, "zero": 0, "offload": 0} | found
-
-
-def world_size_of(topology: str) -> int:
-    sizes = sizes_of(topology)
-    return sizes["tp"] * sizes["pp"] * sizes["dp"]
+    return {"offload": 0} | training.sizes_of(topology)

@@ -127,11 +127,7 @@ def dtype_of(config: RunConfig) -> str:
 
 def record(config: RunConfig, folder: Path) -> None:
     """Train as `config` says, export nothing, and write this rank's part of the record into `folder`."""
-    from collie_core.loop import Trainer
-
-    class Rehearsal(Trainer):
-        def save_model(self, path: str | Path) -> Path:
-            return Path(path)
+    from collie_core.rehearsal import Rehearsal
 
     recorder = Recorder()
     Rehearsal(config, callbacks=[recorder], observers=()).train()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     if args.table:
         return _table(args, memory)
     from collie_core.cli._quiet import quiet_libraries
+    from collie_core.plan.measure import measure_ranks
     from collie_core.plan.plan import as_object, make_plan
     from collie_core.plan.remedy import find_remedy
     from collie_core.plan.show import plan_text, remedy_text, verdict
 
     quiet_libraries()
     plan = make_plan(config, processes, gpu=gpu)
-    measured = _measured(args, processes) if args.measure else None
+    measured = measure_ranks(args.config, args.overrides, processes) if args.measure else None
     fits = memory is None or plan.largest.predicted <= memory
     if not args.json:
         print(plan_text(plan, measured), flush=True)
@@ -134,28 +134,18 @@ def _target(args: argparse.Namespace, config: RunConfig) -> tuple[bool, str]:
     """
     import torch
 
-    from collie_core.model.build import compute_dtype
+    from collie_core.plan.before_run import with_precision
 
     here, asked = torch.cuda.is_available(), args.gpus is not None or args.gpu_memory is not None
     if args.measure and asked and not here:
         raise RunError("--measure takes its steps on this machine, which has no GPU; plan with --nproc instead")
     if asked and not here:
         return True, "bfloat16" if config.model.dtype == "auto" else config.model.dtype
-    device = torch.device("cuda" if here else "cpu")
-    return here, str(compute_dtype(config.model.dtype, device)).removeprefix("torch.")
-
-
-def _measured(args: argparse.Namespace, processes: int) -> list[int]:
-    """The bytes that each rank held in two real steps, taken in processes of their own."""
-    from collie_core import starter
-
-    with tempfile.TemporaryDirectory(prefix="collie-plan-") as folder:
-        starter.start(processes, ["plan", args.config, "--record", folder, *args.overrides])
-        return [int((Path(folder) / str(rank)).read_text()) for rank in range(processes)]
+    return here, with_precision(config, gpu=here).model.dtype
 
 
 def _measure_here(args: argparse.Namespace) -> int:
-    """One of those processes."""
+    """One of the processes of `measure_ranks`."""
     from collie_core import launch
 
     with launch.reported_to_launcher() as agree:

@@ -6,9 +6,7 @@ for every seed and learning rate. Each of these functions is called in a process
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from collie_core.config.run import RunConfig
 
@@ -27,15 +25,10 @@ def predict(path: str, overrides: Sequence[str], asked: int | None) -> int:
 
 def measure(path: str, overrides: Sequence[str], asked: int | None) -> int:
     """Bytes of the largest rank, in as many processes as the run has."""
-    from collie_core import starter
-    from collie_core.plan.measure import measure_rank
+    from collie_core.plan.measure import measure_rank, measure_ranks
 
     config, processes, _ = _here(path, overrides, asked)
-    if processes == 1:
-        return measure_rank(config)
-    with tempfile.TemporaryDirectory(prefix="collie-compare-") as folder:
-        starter.start(processes, ["plan", path, "--record", folder, *overrides])
-        return max(int((Path(folder) / str(rank)).read_text()) for rank in range(processes))
+    return measure_rank(config) if processes == 1 else max(measure_ranks(path, overrides, processes))
 
 
 def _here(path: str, overrides: Sequence[str], asked: int | None) -> tuple[RunConfig, int, bool]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from collie_core import starter
 from collie_core.plan.rehearse import RehearsedParts, rehearse
 from collie_core.plan.trace import MemoryTrace
 
@@ -39,6 +42,13 @@ def measure_rank(config: RunConfig) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         _take_steps(parts, _mark_beginning)
     return _highest(recorded)
+
+
+def measure_ranks(path: str, overrides: Sequence[str], processes: int) -> list[int]:
+    """The same of every rank of a run file, in so many processes of their own."""
+    with tempfile.TemporaryDirectory(prefix="collie-plan-") as folder:
+        starter.start(processes, ["plan", path, "--record", folder, *overrides])
+        return [int((Path(folder) / str(rank)).read_text()) for rank in range(processes)]
 
 
 class PatientTrace(MemoryTrace):

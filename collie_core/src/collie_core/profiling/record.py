@@ -19,6 +19,7 @@ from collie_core.profiling.align import ahead_of_here
 from collie_core.profiling.calls import Calls
 from collie_core.profiling.clock import Clock, Phase, Timeline
 from collie_core.profiling.kernels import busy_share
+from collie_core.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
@@ -81,7 +82,8 @@ def record(config: RunConfig, steps: int, folder: Path) -> list[Recording]:
         CollieError: the run cannot be.
     """
     recorder = _Recorder(steps, folder)
-    trainer = _Steps(config, recorder)
+    trainer = Rehearsal(config, callbacks=[recorder], observers=())
+    recorder.watch(trainer)
     with recorder.calls.watched() if trainer.topology.world_size > 1 else nullcontext():
         trainer.train()
     own = recorder.recording()
@@ -97,17 +99,6 @@ def packed_tokens(batch: StepBatch, rows_per_micro_batch: int, max_length: int) 
     rows = [sum(lengths[place] for place in row) for row in pack(lengths, max_length)]
     chunks = (rows[start : start + rows_per_micro_batch] for start in range(0, len(rows), rows_per_micro_batch))
     return sum(len(chunk) * max(chunk) for chunk in chunks)
-
-
-class _Steps(Trainer):
-    """A run that keeps nothing of what it has trained."""
-
-    def __init__(self, config: RunConfig, recorder: _Recorder) -> None:
-        super().__init__(config, callbacks=[recorder], observers=())
-        recorder.watch(self)
-
-    def _export(self, path: Path, add: Callable[[Path], None] = lambda folder: None) -> Path:
-        return path
 
 
 class _Recorder:

@@ -12,7 +12,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "@sparticuz/chromium@147.0.0"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -41,6 +44,25 @@ def environment(executable: Path) -> dict[str, str]:
         return dict(os.environ)
     libraries = os.pathsep.join(filter(None, [str(beside / "lib"), str(beside), os.environ.get("LD_LIBRARY_PATH")]))
     return os.environ | {"LD_LIBRARY_PATH": libraries, "FONTCONFIG_FILE": str(beside / "fonts.conf")}
+
+
+@contextmanager
+def opened(width: int, height: int) -> Iterator[tuple[Any, list[str]]]:
+    """A page of playwright in the browser that was found, and what the page complains of."""
+    from playwright.sync_api import sync_playwright
+
+    executable = find()
+    assert executable is not None
+    complaints: list[str] = []
+    arguments = ["--no-sandbox", "--disable-gpu", "--headless"]
+    with sync_playwright() as playwright:
+        options: dict[str, Any] = {"executable_path": executable, "env": environment(executable)}
+        browser = playwright.chromium.launch(args=arguments, **options)
+        page = browser.new_page(viewport={"width": width, "height": height})
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        yield page, complaints
+        browser.close()
 
 
 def fetch(folder: Path) -> None:
