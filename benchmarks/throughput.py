@@ -185,7 +185,12 @@ def collie(
             model={"config": dict(shape)},
             tokenizer={"type": "byte"},
             data={"max_length": LONGEST if packing else LENGTH, "packing": packing},
-            train={"num_train_epochs": 1, "global_batch_size": BATCH, "output_dir": f"{output}/run"},
+            train={
+                "num_train_epochs": 1,
+                "global_batch_size": BATCH,
+                "per_device_train_batch_size": BATCH // int(os.environ.get("WORLD_SIZE", "1")),  # as the Trainer
+                "output_dir": f"{output}/run",
+            },
             parallel={"zero_stage": zero},
             optimizer={"type": "adamw", "lr": 1e-4},
         )

@@ -382,6 +382,38 @@ def test_only_the_adapter_has_gradients_and_states(families: Path, instructions:
     assert sum(v.nbytes for state in optimizer.state.values() for v in state.values() if v.ndim) == 8 * held
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_frozen_layers_in_the_precision_of_the_run_change_no_loss(
+    families: Path, instructions: Path, tmp_path: Path, zygote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = {"model.dtype": "bfloat16"}
+
+    def losses(family: str, output: Path) -> tuple[list[float], dict[str, torch.dtype]]:
+        sections = sections_on("dp1", families / family, instructions, output, steps=3, micro_batch=BATCH)
+        record = runs.Record()
+        config = RunConfig(**changed(sections | {"adapter": LORA}, half))
+        trainer = Trainer(config, callbacks=[record], observers=())
+        trainer.train()
+        parts: Any = trainer.parts
+        return record.losses, {name: value.dtype for name, value in parts.model.named_parameters()}
+
+    for family in ("internlm2", "llama_tied"):
+        found, dtypes = losses(family, tmp_path / family)
+        with monkeypatch.context() as patch:
+            patch.setattr("collie_core.parts.narrow_frozen", lambda model, dtype: None)
+            expected, whole = losses(family, tmp_path / f"{family}-whole")
+        assert set(whole.values()) == {torch.float32}
+        assert found == expected
+        narrow = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+        linear = {name for name in dtypes if name.endswith(("base_layer.weight", "output.weight", "lm_head.weight"))}
+        assert narrow == linear  # no adapter, no norm, and no embedding, even where it is the head too
+    one, two = (
+        run_one(zygote, topology, LORA, families / "llama_tied", instructions, tmp_path / topology, changes=half)[0]
+        for topology in ("dp1", "pp2")
+    )
+    assert largest_difference(one, two) <= 2e-2
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ from collie_core.engine.step import Curvature, LossFn, Step, TorchStep, TrainFn,
 from collie_core.errors import MISSING, ConfigError, ModelError, PluginError, Problem
 from collie_core.evaluate.run import check_metrics
 from collie_core.hookspecs import CurvatureOptimizer, EvaluatorCan, FusedOptimizer, OptimizerCan
-from collie_core.model.adapters import adapter_of
+from collie_core.model.adapters import adapter_of, narrow_frozen
 from collie_core.model.adapters import attach as attach_adapter
 from collie_core.model.build import (
     base_of_adapter,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from collie_core.config.base import AdapterConfig
     from collie_core.config.evaluation import EvaluatorConfig
     from collie_core.config.run import RunConfig
-    from collie_core.engine.zero3 import Zero3Store
+    from collie_core.model.weights import Store
 
 LONGEST = 2**31 - 1  # tokens of a sample, as the data set counts them
 
@@ -131,12 +131,17 @@ class Parts:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model on its device, with its weights and adapter; in float32, computing under autocast."""
+        """The model on its device, with its weights and adapter; in float32, computing under autocast.
+
+        What an adapter leaves frozen is in the precision of the run where that changes nothing.
+        """
         model = self._new_model() if self.given.model is None else self.given.model
         if self.config.adapter is not None:
             model = self._adapted(model, self.config.adapter)
             config = cast("PretrainedConfig", model.config)
             check_length(config, self.config.data.max_length, virtual_tokens_of(model).count)
+            if self.will_train and self.given.model is None:  # another's model stays as it is
+                narrow_frozen(model, self.dtype)
         model = model.to(self.device)
         lend(model)
         return model
@@ -202,7 +207,7 @@ class Parts:
             return OptimizerCan()
         return cast(OptimizerCan, self.registry.component("optimizer", self.config.optimizer.type).can)
 
-    def _store(self) -> Zero3Store | None:
+    def _store(self) -> Store | None:
         """What takes parameters apart while they are loaded; None: each rank holds its part whole."""
         if not self.will_train or self.config.parallel.zero_stage < 3 or self.config.adapter is not None:
             return None

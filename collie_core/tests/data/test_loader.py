@@ -192,8 +192,18 @@ def test_packing_places_every_sample_once_in_rows_that_fit(lengths: list[int]) -
     rows = pack(lengths, MAX_LENGTH)
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
     filled = [sum(lengths[place] for place in row) for row in rows]
-    assert all(total <= MAX_LENGTH for total in filled)
-    assert all(one + other > MAX_LENGTH for one, other in itertools.combinations(filled, 2))  # no two could be one
+    first_fit: list[int] = []  # tokens of each row
+    for length in sorted(lengths, reverse=True):
+        row = next((row for row, held in enumerate(first_fit) if held + length <= MAX_LENGTH), len(first_fit))
+        first_fit[row : row + 1] = [sum(first_fit[row : row + 1]) + length]
+    assert len(filled) == len(first_fit)
+    assert max(filled, default=0) <= max(first_fit, default=0)
+
+
+def test_packed_rows_are_about_equally_long() -> None:
+    assert pack([300, 260, 40, 30, 20], 512) == [[0, 3], [1, 2, 4]]  # first-fit: 390 and 260
+    assert pack([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    assert pack([6, 4, 4, 3, 3], 10) == [[0, 1], [2, 3, 4]]  # the emptiest rows would hold 9 and 11
 
 
 @settings(deadline=None, max_examples=40)

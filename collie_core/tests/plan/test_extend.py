@@ -11,8 +11,9 @@ from collie_core.config.run import RunConfig
 from collie_core.data.tokenizer import build_tokenizer
 from collie_core.plan.children import each_in_child
 from collie_core.plan.extend import Trace, alike, extended
-from collie_core.plan.layers import layers_of
-from collie_core.plan.predict import RankTrace, trace_rank
+from collie_core.plan.layers import Layers, layers_of
+from collie_core.plan.plan import make_plan
+from collie_core.plan.predict import RankTrace, predict_rank, trace_rank
 from collie_core.plan.trace import COMPONENTS, Section
 from collie_core.plan.work import extended_work
 
@@ -94,8 +95,7 @@ def test_few_layers_say_what_many_hold_and_do(changes: dict[str, Any], processes
     each = layers.of_stage[0]
     low, high, whole = each_in_child(trace_rank, [(config, 0, processes, 512, depth) for depth in (2, 3, None)])
     assert isinstance(whole, RankTrace)
-    bounded = config.parallel.zero_stage > 0
-    found = extended(Trace(2, low.sections), Trace(3, high.sections), each, bounded=bounded)
+    found = extended(Trace(2, low.sections), Trace(3, high.sections), each, bounded=config.parallel.zero_stage == 3)
     for phase, peak in found.items():
         most = max(int(part.held.sum(1).max()) for part in whole.sections if part.phase == phase)
         assert peak.total == pytest.approx(most, rel=0.005)
@@ -103,6 +103,46 @@ def test_few_layers_say_what_many_hold_and_do(changes: dict[str, Any], processes
     assert work.flops == whole.steps[1].flops > 0
     for ranks, nbytes in whole.steps[1].sent.items():
         assert work.sent[ranks] == pytest.approx(nbytes, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("parallel", [{}, {"tensor_parallel_size": 2}], ids=["dp1", "tp2"])
+def test_a_plan_of_many_layers_is_that_of_the_whole_model(parallel: dict[str, Any]) -> None:
+    config, processes = run(parallel=parallel), parallel.get("tensor_parallel_size", 1)
+    read = make_plan(config, processes, gpu=True).largest.prediction
+    (whole,) = each_in_child(whole_rank, [(config, processes)])
+    assert read.layers == (2, 3)
+    assert {phase: peak.total for phase, peak in read.peaks.items()} == whole
+
+
+def whole_rank(config: RunConfig, processes: int) -> dict[str, int]:
+    found = predict_rank(config, 0, processes, granularity=512)
+    return {phase: peak.total for phase, peak in found.peaks.items()}
+
+
+def test_buckets_of_gradients_say_how_many_layers_stand_for_all() -> None:
+    def depths(parameters: int, **parallel: Any) -> tuple[int, int] | None:
+        return Layers((40,), parameters).depths(run(parallel=parallel))
+
+    assert depths(200_000_000) == (2, 3)
+    assert depths(200_000_000, zero_stage=3) == (9, 10)  # 1.5e9 gathered or in the bucket
+    assert depths(50_000_000, zero_stage=3) is None  # 32 of 40: as well all
+    assert depths(200_000_000, zero_stage=1) == (4, 9)  # five layers fill two buckets
+    assert depths(250_000_000, zero_stage=2) == (3, 5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_trace_does_not_depend_on_those_before_it_in_its_process(zero: int) -> None:
+    config = run(parallel={"zero_stage": zero})
+    first, again = each_in_child(two_traces, [(config,)])[0]
+    assert first == again
+
+
+def two_traces(config: RunConfig) -> list[list[tuple[str, int]]]:
+    """Phases and peaks, twice."""
+    traces = [trace_rank(config, 0, 2 if config.parallel.zero_stage else 1, 512, 2) for _ in range(2)]
+    return [[(part.phase, int(part.held.sum(1).max())) for part in trace.sections] for trace in traces]
 
 
 def test_layers_that_differ_do_not_stand_for_each_other() -> None:

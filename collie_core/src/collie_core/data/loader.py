@@ -6,6 +6,7 @@ Shapes: B rows of a micro-batch, L tokens of its longest row.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ class Loader(Dataset[StepBatch]):
         samples_per_step: the global batch, over all ranks.
         rows_per_micro_batch: most rows in one forward of one rank.
         max_length: the longest row, in tokens.
-        packing: lay the samples of a step into as few rows as possible.
+        packing: lay the samples of a step into few rows, which are about equally long.
         pad_token_id: fills rows up; never a target, whatever it is.
         seed: of the order.
         rank, size: this rank and the number of data-parallel ranks, which share each global batch.
@@ -266,13 +267,15 @@ def eval_batches(
 
 
 def pack(lengths: Sequence[int] | NDArray[np.int32], max_length: int) -> list[list[int]]:
-    """Places 0..n-1 laid out in rows of at most `max_length` tokens: first-fit decreasing, ties in order.
+    """Places 0..n-1 laid out in rows of at most `max_length` tokens: as few as first-fit decreasing finds, then even.
 
-    At most 11/9 of the fewest possible rows, plus one (Dósa 2007, doi:10.1007/978-3-540-74450-4_1).
+    First-fit takes at most 11/9 of the fewest possible rows, plus one (Dósa 2007, doi:10.1007/978-3-540-74450-4_1).
+    Rows of one micro-batch are padded to the longest of them, and attention grows with its square.
     """
+    places = sorted(range(len(lengths)), key=lambda place: -int(lengths[place]))  # ties in order
     rows: list[list[int]] = []
     free: list[int] = []  # tokens left in each row
-    for place in sorted(range(len(lengths)), key=lambda place: -int(lengths[place])):
+    for place in places:
         length = int(lengths[place])
         row = next((index for index, room in enumerate(free) if room >= length), len(rows))
         if row == len(rows):
@@ -280,7 +283,20 @@ def pack(lengths: Sequence[int] | NDArray[np.int32], max_length: int) -> list[li
             free.append(max_length)
         rows[row].append(place)
         free[row] -= length
-    return rows
+    return _even_rows(places, lengths, len(rows), max_length) or rows
+
+
+def _even_rows(places: Sequence[int], lengths: Any, number: int, max_length: int) -> list[list[int]] | None:
+    """So many rows, the longest at most 4/3 of what is possible: each place into the emptiest row, the longest first
+    (Graham 1969, doi:10.1137/0117039). None: they would be too long.
+    """
+    rows: list[list[int]] = [[] for _ in range(number)]
+    held = [(0, row) for row in range(number)]  # a heap of (tokens, row)
+    for place in places:
+        tokens, row = heapq.heappop(held)
+        rows[row].append(place)
+        heapq.heappush(held, (tokens + int(lengths[place]), row))
+    return rows if max(held, default=(0, 0))[0] <= max_length else None
 
 
 def collate(rows: Sequence[Sequence[Any]], *, pad_token_id: int, packing: bool) -> Batch:

@@ -97,6 +97,23 @@ def attach(model: nn.Module, adapter: Adapter, put_on: PutOn, topology: Topology
     return model
 
 
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen float32 weights of linear layers in the precision `dtype` that they compute in.
+
+    Autocast would cast them to it in every forward, so nothing that is computed changes. Weights that another module
+    shares, such as a tied embedding, stay.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    others = {id(value) for module in model.modules() if not isinstance(module, nn.Linear) for value in _own(module)}
+    for value in (value for module in linear for value in _own(module)):
+        if not value.requires_grad and value.dtype == torch.float32 and id(value) not in others:
+            value.data = value.data.to(dtype)
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=False)
+
+
 def _require_tied(part: Part, placements: Mapping[str, Placement]) -> None:
     """Refuse a trained copy of a matrix that is embedding and head at once: only one of them would be the copy.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,10 +43,11 @@ def initialize(
     dtypes = Dtypes(model, dtype)
     with torch.random.fork_rng(devices=[]):
         for path, leaves in _by_module(model, partition):
-            values = _initial_values(stock, path, leaves, seed)
-            for leaf, value in values.items():
+            values = cache(partial(_initial_values, stock, path, leaves, seed))
+            for leaf in leaves:
                 name = f"{path}.{leaf}" if path else leaf
-                reader = _Slices(value, partition.placements[name], topology.tp, dtypes.of(name, value.dtype))
+                dtype = dtypes.of(name, stock.get_parameter(name).dtype)
+                reader = _Slices(values, leaf, partition.placements[name], topology.tp, dtype)
                 store(model.get_submodule(path), leaf, reader.shape, reader)
     tie(model, partition)
 
@@ -108,12 +110,14 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 class _Slices(ShardReader):
-    """From a parameter that stands whole."""
+    """From a parameter that stands whole, among those of its module, which are made when the first is read."""
 
-    def __init__(self, value: Tensor, placement: Placement, axis: Axis, dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: Callable[[], dict[str, Tensor]], leaf: str, placement: Placement, axis: Axis, dtype: torch.dtype
+    ) -> None:
         super().__init__(placement, axis, dtype)
-        self.value = value
+        self.module, self.leaf = module, leaf
 
     def fill(self, values: Tensor, there: Box, here: Box) -> None:
         """See `ShardReader`."""
-        values[slices(here)] = self.value[slices(there)]
+        values[slices(here)] = self.module()[self.leaf][slices(there)]

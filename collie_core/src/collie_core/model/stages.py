@@ -136,8 +136,9 @@ def own_part(model: nn.Module) -> Iterator[None]:
 
 
 def wire_dtype(model: nn.Module) -> torch.dtype:
-    """The precision of hidden states between stages: that of the weights."""
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    """The precision of hidden states between stages: that of the weights, of several the widest."""
+    dtypes = {value.dtype for value in model.parameters() if value.is_floating_point()}
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 # -- what stages share ----------------------------------------------------------------------------------------------

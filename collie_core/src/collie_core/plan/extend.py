@@ -41,8 +41,8 @@ def extended(first: Trace, second: Trace, size: int, *, bounded: bool = False) -
     Args:
         first, second: of two sizes.
         size: the other one.
-        bounded: whether gradients go through buckets, which the smaller models fill to other levels when backward ends.
-            Operations there grow as those at its beginning do, at the most.
+        bounded: whether gradients go through buckets, which two models with a layer more fill to other levels when
+            backward ends. Operations there grow as those at its beginning do, at the most.
     """
     peaks: Peaks = {}
     for before, after in zip(first.sections, second.sections, strict=True):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -81,11 +81,12 @@ class QuickFakeTensors(FakeTensorMode):
     FakeTensorMode remembers it too, but its keys cover all that can be traced and cost more than most operations.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._given: dict[Any, list[_Recipe] | _Recipe | None] = {}
+    _given: ClassVar[dict[Any, list[_Recipe] | _Recipe | None]] = {}  # for this process, and those forked from it
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        view = _VIEWS.get(func)
+        if view is not None and not kwargs and isinstance(args[0], FakeTensor) and _may_be_described(args[0]):
+            return self._view(args[0], *view(*args))
         key = _key(func, args, kwargs or {})
         if key is None:
             return super().dispatch(func, types, args, kwargs or {})
@@ -101,15 +102,20 @@ class QuickFakeTensors(FakeTensorMode):
         return tuple(self._made(recipe, args) for recipe in found)
 
     def _made(self, recipe: _Recipe, args: Any) -> Any:
-        shares = None
         if recipe.argument is not None:
             shares = args[recipe.argument]
             if recipe.shape is None:
                 return shares
+            offset = shares.storage_offset() + recipe.offset
+            return self._view(shares, recipe.shape, recipe.stride, offset, recipe.dtype)
         with torch._C._DisableTorchDispatch():
             meta = torch.empty_strided(recipe.shape, recipe.stride, dtype=recipe.dtype, device="meta")
-            if shares is not None:
-                meta.set_(shares.untyped_storage(), recipe.offset, recipe.shape, recipe.stride)
+        return FakeTensor(self, meta, _CPU)
+
+    def _view(self, base: FakeTensor, shape: Any, stride: Any, offset: int, dtype: Any = None) -> FakeTensor:
+        with torch._C._DisableTorchDispatch():
+            meta = torch.empty(0, dtype=dtype or base.dtype, device="meta")
+            meta.set_(base.untyped_storage(), offset, shape, stride)
         return FakeTensor(self, meta, _CPU)
 
 
@@ -121,7 +127,7 @@ class _Recipe:
     shape: Any = None
     stride: Any = None
     dtype: Any = None
-    offset: int = 0
+    offset: int = 0  # of a view: from where its argument begins
 
 
 _CPU = torch.device("cpu")
@@ -148,12 +154,14 @@ def _key(func: Any, args: Any, kwargs: Any) -> Any:
     return tuple(found)
 
 
+def _may_be_described(tensor: FakeTensor) -> bool:
+    return tensor.constant is None and tensor.fake_device == _CPU
+
+
 def _describe(argument: Any, found: list[Any]) -> bool:
     if isinstance(argument, FakeTensor):
-        if argument.constant is not None or argument.fake_device != _CPU:
-            return False
-        found += (argument.shape, argument.stride(), argument.storage_offset(), argument.dtype)
-        return True
+        found += (argument.shape, argument.stride(), argument.dtype)
+        return _may_be_described(argument)
     if isinstance(argument, torch.Tensor):
         return False
     if isinstance(argument, list | tuple):
@@ -176,17 +184,36 @@ def _recipe(result: Any, args: Any) -> _Recipe | None:
         return None
     if result.layout != torch.strided or result.is_conj() or result.is_neg():
         return None
-    kind: Any = (tuple(result.shape), result.stride(), result.dtype, result.storage_offset())
+    kind: tuple[Any, Any, Any] = tuple(result.shape), result.stride(), result.dtype
     storage = result.untyped_storage()
     for number, argument in enumerate(args):
         if argument is result:
             return _Recipe(number)
         if isinstance(argument, FakeTensor) and argument.untyped_storage()._cdata == storage._cdata:
-            return _Recipe(number, *kind)
+            return _Recipe(number, *kind, int(result.storage_offset() - argument.storage_offset()))
     with torch._C._DisableTorchDispatch():
         fresh = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
     known = fresh.untyped_storage().nbytes() == storage.nbytes() and result.storage_offset() == 0
     return _Recipe(None, *kind) if known else None
+
+
+def _sliced(tensor: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    """Shape, stride and offset of a slice; flat buffers are cut at thousands of places, each at another one."""
+    shape, stride = list(tensor.shape), list(tensor.stride())
+    begin, stop, _ = slice(start, end, step).indices(shape[dim])
+    offset = tensor.storage_offset() + begin * stride[dim]
+    shape[dim], stride[dim] = len(range(begin, stop, step)), stride[dim] * step
+    return shape, stride, offset
+
+
+def _strided(tensor: torch.Tensor, shape: Any, stride: Any, offset: int | None = None) -> Any:
+    return shape, stride, tensor.storage_offset() if offset is None else offset
+
+
+_VIEWS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.slice.Tensor: _sliced,
+    torch.ops.aten.as_strided.default: _strided,
+}
 
 
 class Answers(TorchDispatchMode):

@@ -1,7 +1,8 @@
-"""The layers of a model: how many each pipeline stage has, and whether they are all alike."""
+"""The layers of a model: how many each pipeline stage has, whether they are all alike, and how few stand for all."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,45 @@ if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
 
 
+LIVE = 10**9  # parameters; DeepSpeed's defaults of stage3_max_live_parameters and stage3_max_reuse_distance
+BUCKET = 5 * 10**8  # parameters; DeepSpeed's default of reduce_bucket_size
+MOST = 6  # layers that are traced for the sake of buckets which need more
+
+
 @dataclass(frozen=True)
 class Layers:
     """Of a model as a run cuts it."""
 
     of_stage: tuple[int, ...]
     parameters: int  # of one layer, on all tensor-parallel ranks together
+
+    def depths(self, config: RunConfig) -> tuple[int, int] | None:
+        """Of how few layers two traces show how memory grows with more of them; None: no fewer than half of all.
+
+        With ZeRO-3 that is after so many that no more parameters are gathered at a time, and buckets are full. Those
+        of ZeRO 1 and 2 are not filled alike, so the second trace has about as many layers more as fill a bucket or a
+        few: where one ends in both, one ends in the whole model.
+        """
+        stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
+        each = self.parameters / config.parallel.tensor_parallel_size
+        bucket = int(zero.get("reduce_bucket_size", BUCKET))
+        first, more = 2, 1
+        if stage == 3:
+            names = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+            live = max(int(zero.get(name, LIVE)) for name in names)
+            first = max(3, math.ceil((live + bucket) / each) + 1)
+        elif stage:
+            first, more = min(MOST, max(3, math.ceil(bucket / each) + 1)), _period(bucket / each)
+        return (first, first + more) if first + more <= min(self.of_stage) // 2 else None
+
+
+def _period(bucket: float) -> int:
+    """How many layers more come closest to whole buckets, each of `bucket` layers."""
+
+    def off(more: int) -> float:
+        return abs(more / bucket - max(1, round(more / bucket)))
+
+    return min(range(1, MOST + 1), key=off)
 
 
 def layers_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Layers | None:

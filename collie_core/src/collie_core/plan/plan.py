@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
 from collie_core.config.rules import require_parts
+from collie_core.data.tokenizer import build_tokenizer
 from collie_core.errors import RunError
 from collie_core.plan.children import each_in_child
-from collie_core.plan.predict import RankPrediction, predict_rank
+from collie_core.plan.extend import Trace, alike, extended
+from collie_core.plan.layers import layers_of
+from collie_core.plan.predict import RankPrediction, RankTrace, predict_rank, trace_rank
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
@@ -117,12 +120,7 @@ def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
     require_parts(config, model=False, train_data=True)
     shape = Shape.of(config, processes)
     batch = str(config.batch_sizes(shape.dp))
-    granularity = GPU_GRANULARITY if gpu else 1
-
-    def predict(places: Sequence[Place]) -> dict[Place, RankPrediction]:
-        calls = [(config, shape.rank(place), shape.processes, granularity) for place in places]
-        return dict(zip(places, each_in_child(_predict, calls), strict=True))
-
+    predict = _Predictor(config, shape, GPU_GRANULARITY if gpu else 1)
     copies = [0]
     if config.parallel.zero_stage in (1, 2) and shape.dp > 1:
         copies.append(shape.dp - 1)  # they own the ends of flat tensors, and send on the rest at other moments
@@ -136,7 +134,42 @@ def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
     return Plan(shape, config.model.dtype, batch, tuple(kinds))
 
 
-def _predict(config: RunConfig, rank: int, processes: int, granularity: int) -> RankPrediction:
+class _Predictor:
+    """Predicts ranks, in a process each; from a few layers where these stand for all."""
+
+    def __init__(self, config: RunConfig, shape: Shape, granularity: int) -> None:
+        self.config = config
+        self.shape = shape
+        self.granularity = granularity
+        self.of_stage: tuple[int, ...] = ()  # layers
+        self.depths: tuple[int, int] | None = None  # of the two traces; None: of one with all layers
+        if config.parallel.zero_stage not in (1, 2):  # whose buckets let a few only nearly stand for all
+            layers = layers_of(config, build_tokenizer(config.tokenizer, config.model))
+            if layers is not None:
+                self.of_stage, self.depths = layers.of_stage, layers.depths(config)
+
+    def __call__(self, places: Sequence[Place]) -> dict[Place, RankPrediction]:
+        if self.depths is not None:
+            traces = self._each(trace_rank, places, self.depths)
+            pairs = list(zip(traces[::2], traces[1::2], strict=True))
+            if all(alike(low.sections, high.sections) for low, high in pairs):
+                return {
+                    place: self._extended(low, high, self.depths, self.of_stage[place.stage])
+                    for place, (low, high) in zip(places, pairs, strict=True)
+                }
+        return dict(zip(places, self._each(_predict, places, (None,)), strict=True))
+
+    def _each(self, function: Callable[..., Any], places: Sequence[Place], depths: Sequence[int | None]) -> list[Any]:
+        ranks = [(self.shape.rank(place), self.shape.processes, self.granularity) for place in places]
+        return each_in_child(function, [(self.config, *rank, depth) for rank in ranks for depth in depths])
+
+    def _extended(self, low: RankTrace, high: RankTrace, depths: tuple[int, int], size: int) -> RankPrediction:
+        few, more = (Trace(depth, each.sections) for depth, each in zip(depths, (low, high), strict=True))
+        peaks = extended(few, more, size, bounded=self.config.parallel.zero_stage == 3)
+        return RankPrediction(peaks, low.twins, depths)
+
+
+def _predict(config: RunConfig, rank: int, processes: int, granularity: int, _: None) -> RankPrediction:
     return predict_rank(config, rank, processes, granularity=granularity)
 
 
@@ -163,6 +196,7 @@ def as_object(plan: Plan, measured: Sequence[int] | None) -> dict[str, Any]:
             "stage": kind.stage,
             "predicted_peak_bytes": peak.total,
             "phase": peak.phase,
+            "layers_traced": kind.prediction.layers or "all",
             "components": peak.components,
             "phases": {phase: found.total for phase, found in kind.prediction.peaks.items()},
         }

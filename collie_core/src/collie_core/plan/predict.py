@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from collie_core.engine.zero3 import Zero3Store
 from collie_core.errors import RunError
 from collie_core.model.build import architecture
 from collie_core.model.part import part_of
 from collie_core.model.stages import stage_of
+from collie_core.model.weights import ShardReader, assign
 from collie_core.plan.fake import fake_rank
 from collie_core.plan.held import held, weights
 from collie_core.plan.layers import set_layers
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from collie_core.config.run import RunConfig
     from collie_core.data.loader import Batch
-    from collie_core.model.weights import Read
+    from collie_core.model.weights import Read, Store
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class RankPrediction:
 
     peaks: dict[str, Peak]  # of each phase
     twins: tuple[int, ...]  # for each tensor-parallel rank the first one that holds tensors of the same shapes
+    layers: tuple[int, int] | None = None  # of the two traces that it is read from; None: of one with all
 
     @property
     def peak(self) -> Peak:
@@ -68,6 +71,7 @@ class RankTrace:
 
     sections: list[Section]
     steps: tuple[Work, Work]
+    twins: tuple[int, ...]  # as in `RankPrediction`
 
 
 def trace_rank(config: RunConfig, rank: int, world_size: int, granularity: int, layers: int | None) -> RankTrace:
@@ -81,8 +85,8 @@ def trace_rank(config: RunConfig, rank: int, world_size: int, granularity: int, 
             steps.append(trace.work)
             trace.work = Work()
 
-    _rehearsed(config, rank, world_size, trace, layers, reached)
-    return RankTrace(trace.sections(), (steps[1], steps[2]))
+    parts = _rehearsed(config, rank, world_size, trace, layers, reached)
+    return RankTrace(trace.sections(), (steps[1], steps[2]), _twins(parts))
 
 
 def _rehearsed(
@@ -191,11 +195,15 @@ class FakeParts(RehearsedParts):
             self.config = _with_matching_groups(self.config, names)
         return super()._optimizer()
 
-    def _store(self) -> Zero3Store | None:
+    def _scheduler(self, optimizer: Optimizer) -> LRScheduler:
+        """A rate of 1: no tensor hangs on the schedule, and the library of schedules takes seconds to load."""
+        return LambdaLR(optimizer, lambda step: 1.0)
+
+    def _store(self) -> Store:
         found = super()._store()
-        if found is not None:
+        if isinstance(found, Zero3Store):
             found.__class__ = _EmptyZero3Store
-        return found
+        return found or _put_empty
 
 
 def _with_matching_groups(config: RunConfig, names: Sequence[str]) -> RunConfig:
@@ -203,6 +211,12 @@ def _with_matching_groups(config: RunConfig, names: Sequence[str]) -> RunConfig:
     section = config.optimizer
     groups = [group for group in section.param_groups if any(fnmatchcase(name, group.match) for name in names)]
     return config.model_copy(update={"optimizer": section.model_copy(update={"param_groups": groups})})
+
+
+def _put_empty(module: nn.Module, name: str, shape: tuple[int, ...], read: Read) -> None:
+    """A `Store` of parameters without values."""
+    assert isinstance(read, ShardReader)
+    assign(module, name, shape, lambda rows: torch.empty(shape, dtype=read.dtype))
 
 
 class _EmptyZero3Store(Zero3Store):

@@ -50,7 +50,10 @@ def plan_text(plan: Plan, measured: Sequence[int] | None = None) -> str:
     width = max(len(cell) for _, cells in kept for cell in cells)
     lines += [f"{name:<16}" + "".join(f"  {cell:>{width}}" for cell in cells) for name, cells in kept]
     total = f"in all: {bytes_text(sum(plan.predicted.values()))} predicted"
-    return "\n".join([*lines, "", total if measured is None else f"{total}, {bytes_text(sum(measured))} measured"])
+    total += "" if measured is None else f", {bytes_text(sum(measured))} measured"
+    if (depths := plan.kinds[0].prediction.layers) is not None:
+        total += f"; read from {depths[0]} and {depths[1]} layers of each stage, which are all alike"
+    return "\n".join([*lines, "", total])
 
 
 def _column(kind: Kind, measured: Sequence[int] | None) -> dict[str, str]:

@@ -59,7 +59,7 @@ def table_object(table: Table, machines: Machines) -> dict[str, Any]:
 def _row(number: int, one: Ranked) -> tuple[str, ...]:
     strategy = one.strategy
     shape = strategy.shape
-    about = "~" if one.layers_traced and strategy.zero_stage else ""
+    about = "~" if one.layers_traced and strategy.zero_stage in (1, 2) else ""
     chosen = [value for _, value in strategy.choices]
     return (
         " ".join([str(number), *chosen]),

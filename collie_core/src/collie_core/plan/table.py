@@ -6,15 +6,15 @@ the whole; see `extend`.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+
+import torch
 
 from collie_core.data.tokenizer import build_tokenizer
 from collie_core.errors import CollieError, RunError
@@ -31,7 +31,6 @@ from collie_core.plan.work import Work, extended_work
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
 
-LIVE = 10**9  # parameters; DeepSpeed's defaults of stage3_max_live_parameters and stage3_max_reuse_distance
 LARGEST_MICRO_BATCH = 8
 
 
@@ -69,7 +68,7 @@ class Ranked:
     peak: Peak  # of the rank that holds the most
     step_s: float
     tokens_per_s: float  # of all GPUs together
-    layers_traced: int | None  # of each stage; None: all
+    layers_traced: tuple[int, int] | None  # of each stage in the two traces; None: all in one
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,7 @@ class _Search:
         import_module("transformers.optimization")  # which all children would
         self.tokenizer: Any = build_tokenizer(self.config.tokenizer, self.config.model)
         self.tried = 0
+        self._warm: set[bool] = set()  # whether ZeRO was traced in this process, and whether anything else was
         self._layers: dict[tuple[int, int], Layers | None] = {}
 
     # -- what to try -----------------------------------------------------------------------------------------------
@@ -212,19 +212,29 @@ class _Search:
 
     def fitting(self, strategies: Sequence[Strategy]) -> list[Ranked]:
         """Those that fit, with their speed."""
-        if any(strategy.zero_stage for strategy in strategies) and find_spec("deepspeed") is not None:
-            with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):  # as in the children, which find it loaded
-                import deepspeed  # noqa: F401
         ranked: list[Ranked | None] = []
         left = list(strategies)
         for whole in (False, True):  # in whole those of which few layers do not stand for many
             jobs = [_Job.of(strategy, self.load(strategy.changes), self, whole=whole) for strategy in left]
+            for job in jobs:
+                self._warm_up(job)
             found = iter(each_in_child(_trace, [call for job in jobs for call in job.calls]))
             traced = [(job, [next(found) for _ in job.calls]) for job in jobs]
             left = [job.strategy for job, traces in traced if job.unlike(traces)]
             ranked += [job.ranked(traces, self.machines) for job, traces in traced if not job.unlike(traces)]
         self.tried += len(ranked)
         return [one for one in ranked if one is not None and one.peak.total <= self.machines.memory]
+
+    def _warm_up(self, job: _Job) -> None:
+        """Trace in this process what its children will, so that they find everything loaded, and operations known.
+
+        Not where there are GPUs, since the threads that backward has for them do not survive a fork.
+        """
+        zero = job.strategy.zero_stage > 0
+        if zero not in self._warm and not torch.cuda.is_available():
+            self._warm.add(zero)
+            with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):  # as in the children
+                _trace(*job.calls[0])
 
 
 def _trace(config: RunConfig, rank: int, gpus: int, layers: int | None) -> RankTrace | None:
@@ -236,25 +246,24 @@ def _trace(config: RunConfig, rank: int, gpus: int, layers: int | None) -> RankT
 
 @dataclass(frozen=True)
 class _Job:
-    """The traces of one strategy: its first and its last pipeline stage, with few layers and with one more."""
+    """The traces of one strategy: its first and its last pipeline stage, each with few layers and with some more."""
 
     strategy: Strategy
     config: RunConfig
     calls: list[tuple[RunConfig, int, int, int | None]]
     stages: list[int]
-    few: int | None  # layers; None: one trace with all
+    depths: tuple[int, int] | None  # layers; None: one trace with all
     of_stage: tuple[int, ...]
 
     @classmethod
     def of(cls, strategy: Strategy, config: RunConfig, search: _Search, *, whole: bool) -> _Job:
         """With all layers when the `whole` model is to be traced, or few of them do not stand for it."""
         shape, layers = strategy.shape, search.layers(config)
-        few = None if layers is None or whole else _few(config, layers)
+        depths = None if layers is None or whole else layers.depths(config)
         stages = sorted({0, shape.pp - 1})
-        depths = (None,) if few is None else (few, few + 1)
         ranks = [shape.rank(Place(stage, 0, 0)) for stage in stages]
-        calls = [(config, rank, shape.processes, depth) for rank in ranks for depth in depths]
-        return cls(strategy, config, calls, stages, few, () if layers is None else layers.of_stage)
+        calls = [(config, rank, shape.processes, depth) for rank in ranks for depth in depths or (None,)]
+        return cls(strategy, config, calls, stages, depths, () if layers is None else layers.of_stage)
 
     def ranked(self, traces: Sequence[RankTrace | None], machines: Machines) -> Ranked | None:
         """The strategy with its memory and speed; None: refused."""
@@ -268,25 +277,26 @@ class _Job:
         seconds = max(self._seconds(peaks, steps, machines) for peaks, steps in of_stages)
         peak = max((peak for peaks, _ in of_stages for peak in peaks.values()), key=lambda peak: peak.total)
         tokens = self.config.batch_sizes(self.strategy.shape.dp).total * self.config.data.max_length
-        return Ranked(self.strategy, peak, seconds, tokens / seconds, self.few)
+        return Ranked(self.strategy, peak, seconds, tokens / seconds, self.depths)
 
     def unlike(self, traces: Sequence[RankTrace | None]) -> bool:
         """Whether few layers do not stand for many."""
-        pairs = zip(traces[::2], traces[1::2], strict=True) if self.few is not None else ()
+        pairs = zip(traces[::2], traces[1::2], strict=True) if self.depths is not None else ()
         return any(
             low is not None and high is not None and not alike(low.sections, high.sections) for low, high in pairs
         )
 
     def _stage(self, stage: int, traces: Sequence[RankTrace]) -> tuple[dict[str, Peak], tuple[Work, Work]]:
         """Peaks by phase, and the work of both steps."""
-        if self.few is None:
+        if self.depths is None:
             (whole,) = traces
             return extended(Trace(1, whole.sections), Trace(2, whole.sections), 1), whole.steps
         low, high = traces
-        size = self.of_stage[stage]
-        bounded = self.strategy.zero_stage > 0
-        peaks = extended(Trace(self.few, low.sections), Trace(self.few + 1, high.sections), size, bounded=bounded)
-        first, second = (extended_work(*steps, size - self.few) for steps in zip(low.steps, high.steps, strict=True))
+        size, (few, more) = self.of_stage[stage], self.depths
+        zero_3 = self.strategy.zero_stage == 3
+        peaks = extended(Trace(few, low.sections), Trace(more, high.sections), size, bounded=zero_3)
+        times = (size - few) / (more - few)
+        first, second = (extended_work(*steps, times) for steps in zip(low.steps, high.steps, strict=True))
         return peaks, (first, second)
 
     def _seconds(self, peaks: dict[str, Peak], steps: tuple[Work, Work], machines: Machines) -> float:
@@ -308,14 +318,3 @@ class _Job:
 def _difference(more: Work, less: Work) -> Work:
     sent = {ranks: max(0, nbytes - less.sent[ranks]) for ranks, nbytes in more.sent.items()}
     return Work(max(0, more.flops - less.flops), type(more.sent)(sent))
-
-
-def _few(config: RunConfig, layers: Layers) -> int | None:
-    """How many layers show how memory grows with more of them; None: no fewer than there are."""
-    stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
-    few = 2 if stage == 0 else 3
-    if stage == 3:  # until so many parameters are gathered at a time, more layers mean more of them
-        names = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
-        live = max(int(zero.get(name, LIVE)) for name in names)
-        few = max(few, math.ceil(live / (layers.parameters / config.parallel.tensor_parallel_size)) + 1)
-    return few if few + 1 < min(layers.of_stage) else None
