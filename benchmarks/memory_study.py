@@ -70,9 +70,8 @@ tensors at the peak, on one device.
 
 `zero_stage: 0` keeps weights in float32 and computes under autocast, which holds a second copy in bfloat16, of those
 that are trained, from a forward to the end of its backward. With ZeRO weights are bfloat16, with float32 copies of
-those that are trained, on whose gradients the update works. LOMO and AdaLomo keep bfloat16 weights alone. The weights
-that an adapter leaves as they are come as float32 too: without ZeRO they stay so, with ZeRO the peak is the moment at
-which the engine makes bfloat16 of them, and the steps after it hold 2.1 bytes per parameter.
+those that are trained, on whose gradients the update works. LOMO and AdaLomo keep bfloat16 weights alone. The linear
+layers that an adapter leaves as they are stand in bfloat16 without ZeRO too, since autocast computes in it.
 
 The estimators count weights, gradients and states of Adam by the number of parameters. They know no other optimizer, no
 adapter, and neither activations nor logits.

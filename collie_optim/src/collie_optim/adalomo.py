@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from collie_core.api import Whole, whole_of
 from collie_optim.fused import FusedBase, require_at_least_0
+from collie_optim.kernels import entries_at_a_time
 
-BLOCK = 3 << 17  # entries looked at at a time: they stay in the cache, and are all the memory that an update takes
+BLOCK = 3 << 17  # entries looked at at a time on a CPU: they stay in the cache; all the memory that an update takes
 
 
 def adalomo_update(
@@ -114,7 +115,8 @@ def _matrices(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _rows_at_a_time(stack: Tensor) -> int:
-    return min(stack.shape[-2], max(1, BLOCK // max(1, stack.shape[-1])))
+    entries = entries_at_a_time(stack.device, BLOCK)
+    return min(stack.shape[-2], max(1, entries // max(1, stack.shape[-1])))
 
 
 def _in_blocks(scratch: Tensor, grad: Tensor, *others: Tensor, backwards: bool = False) -> Iterator[tuple[Tensor, ...]]:

@@ -108,6 +108,11 @@ def _function(update: Callable[..., None]) -> Callable[..., None]:
     return compiled
 
 
+def entries_at_a_time(device: torch.device, on_cpu: int = CACHE_BLOCK) -> int:
+    """How large the blocks of an update are: on a GPU so large that launches do not count."""
+    return on_cpu if device.type == "cpu" else GPU_BUNDLE
+
+
 # -- eager --------------------------------------------------------------------------------------------------
 
 

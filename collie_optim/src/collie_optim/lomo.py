@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from collie_optim.fused import FusedBase, require_at_least_0
-from collie_optim.kernels import CACHE_BLOCK, blocks
+from collie_optim.kernels import blocks, entries_at_a_time
 
 
 def lomo_update(param: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
@@ -24,7 +24,7 @@ def lomo_update(param: Tensor, grad: Tensor, *, lr: float, weight_decay: float) 
 
 def lomo_update_coarse(param: Tensor, grad: Tensor, *, lr: float, weight_decay: float) -> None:
     """The same for a parameter below float32: computed in float32, block by block, and rounded once."""
-    for part, part_grad in blocks([(param, grad)], CACHE_BLOCK):
+    for part, part_grad in blocks([(param, grad)], entries_at_a_time(param.device)):
         fine = part.float()
         lomo_update(fine, part_grad.float(), lr=lr, weight_decay=weight_decay)
         part.copy_(fine)
