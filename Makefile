@@ -11,7 +11,7 @@ JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test everything matrix crash check format bench docs constraints clean
+.PHONY: help install quickstart test everything matrix crash check format bench docs wheels constraints clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,9 @@ install: $(STAMP) ## Make .venv with the exact versions of constraints.txt and e
 # `pip check` then says whether the packs' own requirements are met.
 $(STAMP): constraints.txt pyproject.toml $(PACKS:%=%/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install -r constraints.txt
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --no-compile -r constraints.txt
+	@# On every core, while pip would use one. Files that are no Python, such as templates, do not compile: as with pip.
+	$(BIN)/python -m compileall -qq -j $(JOBS) $(VENV)/lib || true
 	$(BIN)/python -m pip install --no-deps --no-build-isolation $(PACKS:%=-e %/) -e .
 	$(BIN)/python -m pip check
 	touch $@
@@ -64,6 +66,12 @@ docs: install ## The pages that are generated from the code, and the site in bui
 	  >docs/compatibility.md
 	$(BIN)/python -m collie_testkit.reference >docs/checks.md
 	$(BIN)/mkdocs build --quiet --strict
+
+wheels: install ## An sdist and a wheel of every distribution, in dist
+	rm -rf dist
+	mkdir -p build
+	set -e; for pack in $(PACKS) .; do $(BIN)/python -m build --no-isolation --outdir dist $$pack >build/wheel.log 2>&1 \
+	  || { cat build/wheel.log; exit 1; }; done
 
 constraints: ## Write constraints.txt anew from what .venv holds
 	{ sed '/^[^#]/d' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \

@@ -32,7 +32,7 @@ SHORTER = {
     f"collie train lora.yaml {FINETUNE}": f"collie train lora.yaml {FINETUNE} {FEW}",
     f"{ADALOMO} train.max_steps=50 train.output_dir=runs/adalomo": f"{ADALOMO} train.max_steps=4 evaluation.steps=null",
 }
-PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md")))]
 FENCE = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -79,6 +79,14 @@ def environment(workspace: Path, programs: Path) -> dict[str, str]:
     }
 
 
+def write_files(blocks: list[Block], workspace: Path) -> None:
+    for block in blocks:
+        if block.file is not None:
+            target = workspace / block.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(block.text)
+
+
 def run(command: list[str] | str, workspace: Path, programs: Path) -> None:
     done = subprocess.run(
         command,
@@ -99,11 +107,12 @@ def run(command: list[str] | str, workspace: Path, programs: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_the_page_runs(page: str, tmp_path: Path, programs: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    for other in PAGES if page == "docs/plugins.md" else []:
+        if other.startswith("docs/plugins/"):  # they show the parts of one package
+            write_files(blocks(other), tmp_path)
     for block in blocks(page):
         if block.file is not None:
-            target = tmp_path / block.file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(block.text)
+            write_files([block], tmp_path)
         elif block.language == "bash":
             for line in block.text.splitlines():
                 command = SHORTER.get(line, "" if line.startswith("make ") else line)

@@ -1,4 +1,4 @@
-"""Families that other packages bring: the one beside these tests, and those that docs/plugins.md shows.
+"""Families that other packages bring: the one beside these tests, and those that docs/plugins/ shows.
 
 They are installed by pip into a folder, found by their entry points, and train the same divided as on one process.
 """
@@ -37,9 +37,10 @@ MODELS: dict[str, dict[str, Any]] = {
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which the packages are installed."""
     folder = tmp_path_factory.mktemp("outside")
-    for file, text in FILE.findall((ROOT / "docs" / "plugins.md").read_text()):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(text)
+    for page in [ROOT / "docs" / "plugins.md", *(ROOT / "docs" / "plugins").glob("*.md")]:
+        for file, text in FILE.findall(page.read_text()):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     packages = [str(OUTSIDE), str(folder / "acme-extras")]
     subprocess.run([*command, "--target", str(folder / "site"), *packages], check=True)

@@ -14,6 +14,7 @@ import torch
 from lion_pytorch.foreach import Lion as ForeachLion
 from torch import Tensor, nn
 
+from collie_normuon.optimizer import NorMuon
 from collie_optim.adalomo import AdaLomo
 from collie_optim.adan import Adan
 from collie_optim.lion import Lion
@@ -242,5 +243,20 @@ def test_muon_equals_pytorch_optimizer(scale: Any, foreach: bool) -> None:
         return pytorch_optimizer.Muon(groups, use_adjusted_lr=scale != "original", foreach=foreach, **options)
 
     ours = weights_after(lambda params: Muon(params[1:2], scale=scale, ns_dtype="bfloat16", **options), torch.float32)
+    assert distance(ours, weights_after(theirs, torch.float32)) < 1e-6
+    assert distance(ours[1:2], start(torch.float32)[1:2]) > 1e-3
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_normuon_equals_pytorch_optimizer(foreach: bool) -> None:
+    """Told to follow the paper and not the authors' code; it orthogonalizes in bfloat16 alone."""
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.3, "eps": 1e-8}
+
+    def theirs(params: list[nn.Parameter]) -> Any:
+        groups = [{"params": params[1:2], "use_muon": True}]
+        paper = {"nesterov": False, "update_scale": "match_rms"}
+        return pytorch_optimizer.NorMuon(groups, foreach=foreach, **paper, **options)
+
+    ours = weights_after(lambda params: NorMuon(params[1:2], ns_dtype="bfloat16", **options), torch.float32)
     assert distance(ours, weights_after(theirs, torch.float32)) < 1e-6
     assert distance(ours[1:2], start(torch.float32)[1:2]) > 1e-3

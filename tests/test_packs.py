@@ -1,6 +1,6 @@
 """The families in `plugins/` train on every topology as plain torch does, and are saved in the layout of their files.
 
-What another topology or family has shown already is left to `make everything`.
+What another topology or family, or the checks of `test_kit.py`, have shown already is left to `make everything`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ def plain(families: Path, instructions: Path) -> Callable[[str], Trained]:
     ("topology", "names", "changes"),
     [
         ("tp2pp2", ["gemma2", "qwen3_moe", "chatglm", "moss"], {"data.packing": True}),
-        ("dp2zero3", ["qwen3_moe"], {}),
         more("dp1", ALL, {}),
         more("tp2", ALL, {}),
         more("tp2", ALL, {"parallel.sequence_parallel": True}),

@@ -15,7 +15,7 @@ import pytest
 from collie_core.api import PluginError, Plugins
 from collie_core.cli import main
 from collie_core.scaffold import KINDS, write_package
-from collie_testkit.context import Context
+from collie_testkit.context import Context, Shared
 from collie_testkit.results import FAILED, checks_for, run_check
 
 MOST_FILES, MOST_LINES = 5, 60
@@ -73,13 +73,14 @@ def test_a_newcomer_has_a_family_on_several_processes(
 
 def run(kind: str, name: str, level: int, folder: Path, zygote: Any) -> dict[str, str]:
     """How each check up to a level ended; with why it failed."""
-    plugins = Plugins.discover()
+    plugins, shared = Plugins.discover(), Shared(folder / "shared")
+    shared.folder.mkdir()
     found = {}
     for check in checks_for(plugins, kind, name):
         if check.level <= level:
             own = folder / check.name
             own.mkdir()
-            result = run_check(check, Context(kind, name, own, lambda: zygote, plugins=plugins))
+            result = run_check(check, Context(kind, name, own, lambda: zygote, plugins=plugins, shared=shared))
             found[check.name] = result.outcome if result.outcome != FAILED else f"{FAILED}: {result.reason}"
     return found
 

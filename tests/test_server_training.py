@@ -388,7 +388,7 @@ def serve_alone(sizes: tuple[int, int], folder: Path) -> list[str]:
     return asked[0].result() if topology.is_main else []
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), more((2, 2))], ids=["tp2", "pp2", "tp2pp2"])
+@pytest.mark.parametrize("sizes", [(2, 1), more((1, 2)), more((2, 2))], ids=["tp2", "pp2", "tp2pp2"])
 def test_ranks_serve_a_model_that_stays(zygote: Any, dropping: Path, sizes: tuple[int, int]) -> None:
     found = zygote.run(__file__, "serve_alone", world_size=sizes[0] * sizes[1], args=(sizes, dropping))
     assert found[0] == stock(dropping, PROMPTS, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import safetensors
+import tomllib
 import torch
 import transformers
 import yaml
+from packaging.requirements import Requirement
 from yaml.composer import Composer
 
+from collie_core import __version__
 from collie_core.api import RunConfig, Trainer
 from collie_core.cli import main
 
@@ -117,6 +121,7 @@ def test_the_core_imports_no_pack() -> None:
                 "collie_llama",
                 "collie_metrics",
                 "collie_moss",
+                "collie_normuon",
                 "collie_optim",
                 "collie_peft",
                 "collie_qwen",
@@ -124,3 +129,23 @@ def test_the_core_imports_no_pack() -> None:
                 "collie_testkit",
             )
             assert not any(name.startswith(packs) for name in names), file
+
+
+def test_each_version_is_in_its_changelog_and_meets_the_bounds_of_the_others() -> None:
+    files = [ROOT / "pyproject.toml", *ROOT.glob("collie_*/pyproject.toml"), *ROOT.glob("plugins/*/pyproject.toml")]
+    projects = {file: tomllib.loads(file.read_text())["project"] for file in files}
+    versions = {project["name"]: project["version"] for project in projects.values()}
+    assert versions["collie-core"] == __version__
+    index = (ROOT / "CHANGELOG.md").read_text()
+    for file, project in projects.items():
+        changelog = file.with_name("CHANGELOG.md")
+        newest = re.search(r"^## (\S+) \((unreleased|\d{4}-\d{2}-\d{2})\)$", changelog.read_text(), re.MULTILINE)
+        assert newest is not None, changelog
+        assert newest[1] == project["version"], changelog
+        if file.parent != ROOT:
+            assert f"({changelog.relative_to(ROOT)})" in index, changelog
+            assert "(CHANGELOG.md)" in file.with_name("README.md").read_text(), file
+        for requirement in map(Requirement, project["dependencies"]):
+            if requirement.name.startswith("collie-"):
+                assert requirement.specifier.contains(versions[requirement.name]), f"{file}: {requirement}"
+                assert {bound.operator for bound in requirement.specifier} == {">=", "<"}, f"{file}: {requirement}"

@@ -9,6 +9,7 @@ streams, and it forks a process that runs with them. What a command starts in it
 from __future__ import annotations
 
 import array
+import gc
 import json
 import os
 import signal
@@ -59,6 +60,8 @@ def _import_everything() -> None:
     for name in ("collie_core.cli", "collie_core.loop", "deepspeed", "peft", "datasets", "fastapi", "uvicorn"):
         __import__(name)
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # see the zygote of collie-testkit
 
 
 def _reap() -> None:

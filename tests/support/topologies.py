@@ -19,6 +19,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "lomo": {"lr": 0.1},
     "adalomo": {"lr": 1e-2},
     "muon": {"lr": 2e-3, "adamw_lr": 1e-3},
+    "normuon": {"lr": 1e-3},
 }
 
 

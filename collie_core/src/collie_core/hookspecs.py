@@ -200,7 +200,7 @@ class DetailedMetric(Metric, Protocol):
 
 
 class Evaluator(Protocol):
-    """Asks a model about samples, and feeds metrics with what it says. One object serves all evaluations of a run."""
+    """Asks a model about samples, and feeds metrics with what it says. Each evaluation has a new one."""
 
     def evaluate(self, context: EvaluationContext) -> Outcome:
         """Go once over `context.rows()` or `context.dataset()` and give `context.outcome()`. Collective: every rank

@@ -74,6 +74,7 @@ CATALOGUE = {
     ("optimizer", "lion"): "collie-optim",
     ("optimizer", "lomo"): "collie-optim",
     ("optimizer", "muon"): "collie-optim",
+    ("optimizer", "normuon"): "collie-normuon",
     ("optimizer", "sophia"): "collie-optim",
     ("adapter", "adalora"): "collie-peft",
     ("adapter", "bottleneck"): "collie-peft",

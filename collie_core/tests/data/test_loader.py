@@ -202,6 +202,7 @@ def test_packing_places_every_sample_once_in_rows_that_fit(lengths: list[int]) -
 
 def test_packed_rows_are_about_equally_long() -> None:
     assert pack([300, 260, 40, 30, 20], 512) == [[0, 3], [1, 2, 4]]  # first-fit: 390 and 260
+    assert pack([3, 3, 4, 8, 10], 16) == [[4, 2], [3, 0, 1]]  # as first-fit lays them: the emptiest rows get 13 and 15
     assert pack([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
     assert pack([6, 4, 4, 3, 3], 10) == [[0, 1], [2, 3, 4]]  # the emptiest rows would hold 9 and 11
 

@@ -53,7 +53,7 @@ def test_each_known_bad_row_is_found_by_its_versions(monkeypatch: pytest.MonkeyP
 
 
 def _version_in(requirement: Requirement) -> str:
-    candidates = ("0.13", "0.17.9", "0.18.2", "0.18.5", "1.0", "2.0", "2.29.2", "2.5", "3.5", "4.57", "5.20")
+    candidates = ("0.13", "0.17.9", "0.18.2", "0.18.5", "0.19.3", "1.0", "2.0", "2.29.2", "2.5", "3.5", "4.57", "5.20")
     return next(version for version in candidates if requirement.specifier.contains(version))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from collie_core.api import PluginError, Plugins
 from collie_core.cli import main
 from collie_testkit import checks
 from collie_testkit.context import Context
+from collie_testkit.launches import Planned, outcome
 from collie_testkit.reference import checks_page
 from collie_testkit.registry import Failed, checks_of
 from collie_testkit.results import FAILED, KNOWN, PASSED, run_check
+from collie_testkit.zygote import RanksFailed, Zygote
 
 pytestmark = pytest.mark.usefixtures("mutants")
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -52,6 +55,18 @@ def test_what_a_plugin_raises_is_its_failure(tmp_path: Path) -> None:
     assert result.outcome == FAILED
     assert result.reason.startswith("UnicodeEncodeError: 'ascii' codec")
     assert not isinstance(result.error, Failed)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_takes_none_with_it(tmp_path: Path, zygote: Zygote) -> None:
+    sizes = {"good": (1, 4.0), "bad": (1, -1.0), "later": (2, 9.0)}
+    planned = {name: Planned(ranks, math.sqrt, (number,)) for name, (ranks, number) in sizes.items()}
+    shares = Context("metric", "off-by-one", tmp_path, lambda: zygote)
+    assert outcome(shares, "good", planned) == [2.0]
+    assert shares.shared.outcomes.keys() == {"good", "bad"}
+    with pytest.raises(RanksFailed, match="ValueError"):
+        outcome(shares, "bad", planned)
+    assert outcome(shares, "later", planned) == [3.0, 3.0]
 
 
 def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:

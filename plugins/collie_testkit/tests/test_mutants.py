@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from collie_core.api import Plugins
-from collie_testkit.context import Context, Material
+from collie_testkit.context import Context, Material, Shared
 from collie_testkit.registry import KINDS, Check, checks_of
 from collie_testkit.results import FAILED, SKIPPED, checks_for, run_check
+from collie_testkit.training import LLAMA
 
 
 def momentum(weights: Tensor, grads: Sequence[Tensor], *, lr: float, weight_decay: float) -> Tensor:
@@ -25,7 +26,12 @@ def momentum(weights: Tensor, grads: Sequence[Tensor], *, lr: float, weight_deca
     return weights
 
 
+HEADS = ("num_attention_heads", "num_key_value_heads")
+SILENT = {key: value for key, value in LLAMA.items() if key not in ("model_type", *HEADS)} | {"hidden_size": 192}
+"""A config.json that leaves its heads to llama's defaults, so that the family alone knows how many there are."""
+
 MATERIAL: dict[str, dict[str, Any]] = {
+    "takes-any-size": {"config": SILENT},
     "other-momentum": {"reference": momentum},
     "off-by-one": {"golden": (["a", "b"], ["a", "a"], {"match": 0.5})},
 }
@@ -51,12 +57,16 @@ def test_a_mutant_is_caught_by_its_check_and_by_none_before(
         pytest.importorskip("peft", reason="the adapters among the mutants are peft's")
     plugins, material = Plugins.discover(), Material(**MATERIAL.get(check.mutant, {}))
     chosen = checks_for(plugins, kind, check.mutant)
+    shared = Shared(tmp_path / "shared", together=False)  # what comes after the check is not looked at
+    shared.folder.mkdir()
     for number, other in enumerate(chosen[: chosen.index(check) + 1]):
         if other.name == "light" and check.name != "light" and kind in DESCRIBED:
             continue  # it takes a process, and one module describes all of a kind
         folder = tmp_path / str(number)
         folder.mkdir()
-        context = Context(kind, check.mutant, folder, lambda: request.getfixturevalue("zygote"), material, plugins)
+        context = Context(
+            kind, check.mutant, folder, lambda: request.getfixturevalue("zygote"), material, plugins, shared
+        )
         result = run_check(other, context)
         if other is check and result.outcome == SKIPPED:
             pytest.skip(result.reason)  # no DeepSpeed

@@ -197,7 +197,7 @@ RULES = (
     *map(_with_fused, FUSED),
     Rule(
         "parallel.zero_stage",
-        "an optimizer that works on whole matrices (muon) with `parallel.zero_stage` above 0",
+        "an optimizer that works on whole matrices (muon, normuon) with `parallel.zero_stage` above 0",
         "DeepSpeed hands it flat slices of many parameters, which no longer say what matrix they were",
         "Set it to 0; parallel.tensor_parallel_size and pipeline_parallel_size share the model.",
         lambda config: _optimizer_can(config).whole_tensors and config.parallel.zero_stage > 0,

@@ -267,7 +267,7 @@ def eval_batches(
 
 
 def pack(lengths: Sequence[int] | NDArray[np.int32], max_length: int) -> list[list[int]]:
-    """Places 0..n-1 laid out in rows of at most `max_length` tokens: as few as first-fit decreasing finds, then even.
+    """Places 0..n-1 laid out in rows of at most `max_length` tokens: as few as first-fit decreasing finds, and even.
 
     First-fit takes at most 11/9 of the fewest possible rows, plus one (Dósa 2007, doi:10.1007/978-3-540-74450-4_1).
     Rows of one micro-batch are padded to the longest of them, and attention grows with its square.
@@ -283,12 +283,13 @@ def pack(lengths: Sequence[int] | NDArray[np.int32], max_length: int) -> list[li
             free.append(max_length)
         rows[row].append(place)
         free[row] -= length
-    return _even_rows(places, lengths, len(rows), max_length) or rows
+    even = _even_rows(places, lengths, len(rows))
+    return min(rows, even, key=lambda rows: max((sum(int(lengths[place]) for place in row) for row in rows), default=0))
 
 
-def _even_rows(places: Sequence[int], lengths: Any, number: int, max_length: int) -> list[list[int]] | None:
+def _even_rows(places: Sequence[int], lengths: Any, number: int) -> list[list[int]]:
     """So many rows, the longest at most 4/3 of what is possible: each place into the emptiest row, the longest first
-    (Graham 1969, doi:10.1137/0117039). None: they would be too long.
+    (Graham 1969, doi:10.1137/0117039).
     """
     rows: list[list[int]] = [[] for _ in range(number)]
     held = [(0, row) for row in range(number)]  # a heap of (tokens, row)
@@ -296,7 +297,7 @@ def _even_rows(places: Sequence[int], lengths: Any, number: int, max_length: int
         tokens, row = heapq.heappop(held)
         rows[row].append(place)
         heapq.heappush(held, (tokens + int(lengths[place]), row))
-    return rows if max(held, default=(0, 0))[0] <= max_length else None
+    return rows
 
 
 def collate(rows: Sequence[Sequence[Any]], *, pad_token_id: int, packing: bool) -> Batch:

@@ -33,6 +33,13 @@ KNOWN_BAD = (
         "https://github.com/deepspeedai/DeepSpeed/issues/7718",
     ),
     Bad(
+        ("deepspeed>=0.19,<0.19.8",),
+        "error",
+        "gradients that are not numbers are applied",
+        "pip install -U deepspeed",
+        "https://github.com/deepspeedai/DeepSpeed/pull/8035",
+    ),
+    Bad(
         ("deepspeed<0.14.1", "torch>=2.4"),
         "error",
         "deepspeed cannot be imported: it wants a name that torch has renamed",

@@ -397,7 +397,7 @@ def _read_config(section: ModelConfig) -> dict[str, Any]:
         raise ModelError(f"model.model_name_or_path={name}: {_first_sentence(error)}") from error
     if not raw:
         raise ModelError(f"model.model_name_or_path={name}: no config.json there")
-    return {key: value for key, value in raw.items() if key != "_commit_hash"}  # of transformers 5.17, not of the file
+    return raw
 
 
 def _first_sentence(error: BaseException) -> str:

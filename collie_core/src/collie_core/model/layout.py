@@ -211,8 +211,8 @@ class Mosaic:
         """Itself: it has no memory."""
         return self
 
-    def squeeze(self, dim: int) -> Mosaic:
-        """Without the leading dimension, which is 1 long."""
+    def squeeze(self, dim: int = 0) -> Mosaic:
+        """Without the leading dimension, which is 1 long. Older transformers mean that one and name none."""
         if dim != 0 or self.shape[0] != 1:
             raise NotImplementedError(f"squeeze(dim={dim}) does not keep boxes")
         # Turned round, these are pieces whose source lacks the leading dimension.

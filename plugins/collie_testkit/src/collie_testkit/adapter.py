@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from collie_core.api import ConfigError, ModelError, Plugins, RunConfig, with_adapters
+from collie_core.api import ConfigError, ModelError, RunConfig, with_adapters
 from collie_testkit import model as families
 from collie_testkit.context import Context
+from collie_testkit.launches import Planned, outcome
 from collie_testkit.registry import Skipped, check, expect
 from collie_testkit.training import LLAMA, largest_difference, questions, ranks_of, sections_on, train
 
-STEPS, RATE = 6, 1e-2
+STEPS, FEW_STEPS, RATE, SEED = 6, 2, 1e-2, 7
 IDS = torch.arange(3, 33).reshape(2, 15) * 7 % 250
 
 
@@ -140,17 +142,59 @@ def merged(context: Context) -> None:
 # -- runs -----------------------------------------------------------------------------------------------------------
 
 
-def _prepared(context: Context) -> Path:
-    questions(context.folder)
-    folder = context.folder / "base"
-    base_model().save_pretrained(folder)
-    return folder
+class Place(NamedTuple):
+    """Where an adapter is trained: on which model, on which topology, with how many steps."""
+
+    base: Path
+    topology: str
+    steps: int = STEPS
 
 
-def _train(section: dict[str, Any], base: str, topology: str, output: str, seed: int) -> Any:
+def _planned(context: Context) -> dict[str, Planned]:
+    """The runs of all checks on a llama, and what is made of them."""
+    folder = context.shared.folder
+    base = folder / "base"
+    if not base.exists():
+        questions(folder)
+        base_model().save_pretrained(base)
+    found = _same_as_alone(context, base, ("tp2", "pp2"), STEPS)
+    for seed, name in enumerate(PAIR):
+        found[name] = _plan(context, Place(base, "dp1"), folder / name, seed)
+    if _merges(context):
+        found["merged"] = Planned(1, merge, (str(base), str(_saved(context, PAIR[0])), str(folder / "merged")))
+    return found
+
+
+PAIR = ("first", "second")
+
+
+def _merges(context: Context) -> bool:
+    return hasattr(context.plugins.load("adapter", context.name), "merge")
+
+
+def _saved(context: Context, name: str) -> Path:
+    return context.shared.folder / name / "run" / "model"
+
+
+def _plan(context: Context, place: Place, output: Path, seed: int = SEED) -> Planned:
+    return Planned(ranks_of(place.topology), trained, (context.section, place, str(output), seed))
+
+
+def _same_as_alone(context: Context, base: Path, topologies: Sequence[str], steps: int) -> dict[str, Planned]:
+    """A run on each that the configuration does not refuse, and one in one process, by `base/topology`."""
+    places = [Place(base, topology, steps) for topology in ("dp1", *topologies)]
+    taken = [place for place in places if not _is_refused(context.section, place)]
+    return {_name(place): _plan(context, place, base.parent / f"{base.name}-{place.topology}") for place in taken}
+
+
+def _name(place: Place) -> str:
+    return f"{place.base.name}/{place.topology}"
+
+
+def trained(section: dict[str, Any], place: Place, output: str, seed: int) -> Any:
     """Losses and norms of a run, which exports the adapter; or by which field it refuses the model."""
     try:
-        record = train(_sections(section, base, topology, output, seed))
+        record = train(_sections(section, place, output, seed))
     except ModelError as error:
         if str(error).startswith("adapter"):
             return str(error)
@@ -158,80 +202,116 @@ def _train(section: dict[str, Any], base: str, topology: str, output: str, seed:
     return record.losses, record.norms
 
 
-def _sections(section: dict[str, Any], base: str, topology: str, output: str, seed: int = 7) -> dict[str, Any]:
-    found: dict[str, Any] = sections_on(topology, Path(base).parent, Path(output), steps=STEPS)
+def _sections(section: dict[str, Any], place: Place, output: str, seed: int = SEED) -> dict[str, Any]:
+    found: dict[str, Any] = sections_on(place.topology, place.base.parent, Path(output), steps=place.steps)
     found["train"]["seed"] = seed
-    own = {"model": {"model_name_or_path": base}, "adapter": section}
+    own = {"model": {"model_name_or_path": str(place.base)}, "adapter": section}
     return found | own | {"optimizer": {"type": "adamw", "lr": RATE}}
 
 
-def _is_refused(section: dict[str, Any], base: Path, topology: str) -> bool:
+def _is_refused(section: dict[str, Any], place: Place) -> bool:
     """Whether the configuration says that this adapter cannot be trained so."""
     try:
-        RunConfig(**_sections(section, str(base), topology, str(base)))
+        RunConfig(**_sections(section, place, str(place.base)))
     except ConfigError as error:
         return any(problem.key.startswith("adapter") for problem in error.problems)
     return False
 
 
-def _same_on(context: Context, section: Mapping[str, Any], base: Path, topologies: tuple[str, ...]) -> bool:
+def _same_on(context: Context, place: Place, planned: Mapping[str, Planned]) -> bool:
     """Whether it was tried; the adapter may refuse the model, as one without the layers that its section names."""
-    args = (dict(section), str(base))
-    wanted = None
-    for topology in topologies:
-        if _is_refused(dict(section), base, topology):
-            continue
-        if wanted is None:
-            (wanted,) = context.on_ranks(_train, 1, *args, "dp1", f"{base}-dp1", 7)
-        if isinstance(wanted, str):
-            return False
-        found = context.on_ranks(_train, ranks_of(topology), *args, topology, f"{base}-{topology}", 7)[0]
-        for what, numbers, alone in zip(("losses", "gradient norms"), found, wanted, strict=True):
-            off = largest_difference(numbers, alone)
-            limit = 1e-5 if what == "losses" else 1e-4
-            expect(off <= limit, f"{base.name} on {topology}: {what} differ by {off:.1e} from those of one process")
+    if _name(place) not in planned:
+        return True  # the configuration refuses it
+    found = outcome(context, _name(place), planned)[0]
+    (wanted,) = outcome(context, _name(place._replace(topology="dp1")), planned)
+    if isinstance(wanted, str):
+        expect(isinstance(found, str), f"{place.base.name} is refused in one process alone: {wanted}")
+        return False
+    where = f"{place.base.name} on {place.topology}"
+    expect(not isinstance(found, str), f"{where} is refused, and not in one process: {found}")
+    for what, numbers, alone in zip(("losses", "gradient norms"), found, wanted, strict=True):
+        off = largest_difference(numbers, alone)
+        limit = 1e-5 if what == "losses" else 1e-4
+        expect(off <= limit, f"{where}: {what} differ by {off:.1e} from those of one process")
     return True
 
 
 @check("adapter", level=2, mutant="shared-by-all")
 def two(context: Context) -> None:
     """Two trained adapters on one base model each have their own logits, and the base keeps its own."""
-    folder = _prepared(context)
-    outputs = [context.folder / name for name in ("first", "second")]
-    for seed, output in enumerate(outputs):
-        context.on_ranks(_train, 1, context.section, str(folder), "dp1", str(output), seed)
-    saved = {output.name: output / "run" / "model" for output in outputs}
-
-    def base_on_disk() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    plugins = Plugins.discover()
-    alone = {name: logits(with_adapters(base_on_disk(), {name: path}, plugins)[name]) for name, path in saved.items()}
+    planned = _planned(context)
+    for name in PAIR:
+        outcome(context, name, planned)
+    saved = {name: _saved(context, name) for name in PAIR}
+    folder = context.shared.folder / "base"
+    alone = {
+        name: logits(with_adapters(_on_disk(folder), {name: path}, context.plugins)[name])
+        for name, path in saved.items()
+    }
     expect(_off(*alone.values()) > 1e-6, "adapters of different seeds have the same logits")
-    base = base_on_disk()
-    together = with_adapters(base, saved, plugins)
+    base = _on_disk(folder)
+    together = with_adapters(base, saved, context.plugins)
     for name, wanted in alone.items():
         expect(_off(logits(together[name]), wanted) <= 1e-6, f"beside another, the {name} adapter has other logits")
-    expect(_off(logits(base), logits(base_on_disk())) == 0, "the base model has other logits beside adapters")
+    expect(_off(logits(base), logits(_on_disk(folder))) == 0, "the base model has other logits beside adapters")
+
+
+def _on_disk(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@check("adapter", level=2, mutant="tidies-files")
+def merged_files(context: Context) -> None:
+    """`collie merge` makes of a saved adapter and its base a model with its logits, and changes neither on the disk.
+
+    An adapter cannot take a merge back, and need not: the base is where it was.
+    """
+    if not _merges(context):
+        raise Skipped("it has no merge(module)")
+    planned, folder = _planned(context), context.shared.folder
+    outcome(context, PAIR[0], planned)
+    (changed,) = outcome(context, "merged", planned)
+    expect(not changed, f"merging has changed {', '.join(changed)}")
+    wanted = logits(with_adapters(_on_disk(folder / "base"), {"it": _saved(context, PAIR[0])}, context.plugins)["it"])
+    off = _off(logits(_on_disk(folder / "merged")), wanted)
+    expect(off <= 1e-4, f"the logits of the merged model differ by {off:.1e}")
+    expect(_off(wanted, logits(_on_disk(folder / "base"))) > 1e-3, "the adapter has no effect on the logits")
+
+
+def merge(base: str, adapter: str, out: str) -> list[str]:
+    """Files of base and adapter that are not as they were, once somebody has merged them from the command line."""
+    folders = Path(base), Path(adapter)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(base)
+    before = _contents(*folders)
+    (command,) = entry_points(group="console_scripts", name="collie")
+    code = command.load()(["merge", "--adapter", adapter, "--out", out])
+    expect(code == 0, f"collie merge has the exit code {code}")
+    after = _contents(*folders)
+    return [str(file) for file in before | after if before.get(file) != after.get(file)]
+
+
+def _contents(*folders: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for folder in folders for file in folder.rglob("*") if file.is_file()}
 
 
 @check("adapter", level=2, mutant="main-rank-only")
 def tp2(context: Context) -> None:
     """Two tensor-parallel ranks have the losses of one process, or the configuration refuses them by name."""
-    expect(_same_on(context, context.section, _prepared(context), ("tp2",)), "it refuses a llama")
+    expect(_same_on(context, Place(context.shared.folder / "base", "tp2"), _planned(context)), "it refuses a llama")
 
 
 @check("adapter", level=2, mutant="other-on-stages")
 def pp2(context: Context) -> None:
     """Two pipeline stages have the losses of one process, or the configuration refuses them by name."""
-    expect(_same_on(context, context.section, _prepared(context), ("pp2",)), "it refuses a llama")
+    expect(_same_on(context, Place(context.shared.folder / "base", "pp2"), _planned(context)), "it refuses a llama")
 
 
 @check("adapter", level=2, mutant="llamas-only")
 def every_family(context: Context) -> None:
     """On every installed family whose files the kit can make it trains on two ranks the same, or refuses by a field."""
     questions(context.folder)
-    tried = []
+    planned: dict[str, Planned] = {}
+    places = []
     for name in context.plugins.names("model"):
         other = Context("model", name, context.folder, context.zygote, plugins=context.plugins)
         raw = families.small_config(other)
@@ -241,6 +321,7 @@ def every_family(context: Context) -> None:
             folder = families.write_files(other, context.folder / name, raw)
         except (Skipped, ModelError):  # its config is not what the kit makes; its own author gives one
             continue
-        if _same_on(context, context.section, folder, ("tp2",)):
-            tried.append(name)
+        places.append(Place(folder, "tp2", FEW_STEPS))
+        planned |= _same_as_alone(context, folder, ("tp2",), FEW_STEPS)
+    tried = [place for place in places if _same_on(context, place, planned)]
     expect(tried, "no installed model family can be tried: pip install collie-llama")

@@ -36,8 +36,23 @@ class Material:
 
 
 @dataclass
+class Shared:
+    """What the checks of one plugin have together.
+
+    Attributes:
+        folder: empty at the start.
+        together: whether all runs on as many ranks are made once one is asked for; see `launches`.
+        outcomes: of these runs by name.
+    """
+
+    folder: Path
+    together: bool = True
+    outcomes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Context:
-    """A plugin under test. `folder` is empty, and the check's own."""
+    """A plugin under test. `folder` is empty, and the check's own; without `shared` the check shares nothing."""
 
     kind: str
     name: str
@@ -45,6 +60,10 @@ class Context:
     zygote: Callable[[], Zygote]
     material: Material = field(default_factory=Material)
     plugins: Plugins = field(default_factory=Plugins.discover)
+    shared: Shared = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.shared = self.shared or Shared(self.folder)
 
     @property
     def entry(self) -> Any:

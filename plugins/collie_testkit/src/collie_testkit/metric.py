@@ -183,10 +183,12 @@ def ranks(context: Context) -> None:
     """An evaluation on two ranks gives the numbers of one process."""
     _write_rows(context.folder)
     args = (context.section, context.can.reads, str(context.folder))
-    (alone,) = context.on_ranks(_evaluate, 1, *args, "dp1")
-    found = context.on_ranks(_evaluate, 2, *args, "dp2")
-    expect(alone, "the evaluation has no number of this metric")
-    _expect_same(found[0], alone, "on two ranks it", 1e-5)
+    (alone,) = context.on_ranks(evaluated, 1, *args, "dp1")
+    found = context.on_ranks(evaluated, 2, *args, "dp2")[0]
+    names = [f"eval/kit/{name}" for name in context.build().compute()]
+    lacking = [name for name in names if name not in alone or name not in found]
+    expect(not lacking, f"the evaluation has no {', '.join(lacking)}")
+    _expect_same({name: found[name] for name in names}, {name: alone[name] for name in names}, "on two ranks it", 1e-5)
 
 
 def _write_rows(folder: Path) -> None:
@@ -208,17 +210,13 @@ EVALUATORS: dict[str, dict[str, Any]] = {
 }
 
 
-def _evaluate(section: dict[str, Any], reads: str, folder: str, topology: str) -> dict[str, float]:
-    """The numbers of the metric alone, as an evaluation finds them."""
-    results = []
-    for metrics in ([section], []):
-        sections: dict[str, Any] = sections_on(topology, Path(folder), Path(folder) / topology, steps=1)
-        sections["data"]["eval"] = sections["data"]["train"]
-        evaluator = {**EVALUATORS[reads], "name": "kit", "metrics": metrics}
-        batch = 2 // sizes_of(topology)["dp"]
-        sections["evaluation"] = {
-            "per_device_eval_batch_size": batch, "print_samples": 0, "evaluators": [evaluator]
-        }  # fmt: skip
-        results.append(Trainer(RunConfig(**sections), observers=()).evaluate())
-    with_it, without = results
-    return {name: value for name, value in with_it.items() if name not in without}
+def evaluated(section: dict[str, Any], reads: str, folder: str, topology: str) -> dict[str, float]:
+    """The numbers of an evaluation with this metric."""
+    sections: dict[str, Any] = sections_on(topology, Path(folder), Path(folder) / topology, steps=1)
+    sections["data"]["eval"] = sections["data"]["train"]
+    sections["evaluation"] = {
+        "per_device_eval_batch_size": 2 // sizes_of(topology)["dp"],
+        "print_samples": 0,
+        "evaluators": [{**EVALUATORS[reads], "name": "kit", "metrics": [section]}],
+    }
+    return Trainer(RunConfig(**sections), observers=()).evaluate()

@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from collie_core.api import CollieError, RunConfig, Trainer
+from collie_core.api import CollieError, ConfigError, RunConfig, Trainer
 from collie_testkit.context import Context
+from collie_testkit.launches import Planned, outcome
 from collie_testkit.registry import Skipped, check, expect
 from collie_testkit.training import (
     LLAMA,
     Record,
+    has_deepspeed,
     largest_difference,
     questions,
     ranks_of,
@@ -220,23 +222,18 @@ def _plain_loop(model: Any, batches: _Batches) -> tuple[list[float], list[float]
 def export(context: Context) -> None:
     """A model that was not changed is saved as it was read: the same tensors, and a config that says the same."""
     folder = _prepared(context)
-    standing(str(folder), "dp1", str(context.folder / "run"))
-    _expect_unchanged(context, folder, context.folder / "run" / "run" / "model")
+    too_small = {"type": "sgd", "lr": 1e-30}  # to change a bit of the weights
+    train(_sections(str(folder), "dp1", context.folder / "run", steps=1, optimizer=too_small))
+    _expect_same_files(context, folder, context.folder / "run" / "run" / "model")
 
 
-def standing(folder: str, topology: str, output: str) -> tuple[list[float], list[float]]:
-    """Losses and norms of three steps that are too small to change a bit of the weights; and an export."""
-    optimizer = {"type": "sgd", "lr": 1e-30}
-    record: Record = train(_sections(folder, topology, Path(output), steps=3, optimizer=optimizer))
-    return record.losses, record.norms
-
-
-def _expect_unchanged(context: Context, folder: Path, saved: Path) -> None:
+def _expect_same_files(context: Context, folder: Path, saved: Path, within: float = 0.0) -> None:
+    """Of the norm of each tensor."""
     family = context.plugins.load("model", context.name)
     before, after = _tensors(folder), _tensors(saved)
     expect(before.keys() == after.keys(), f"saved are other tensors: {sorted(before.keys() ^ after.keys())[:4]}")
-    changed = [name for name, value in before.items() if not torch.equal(after[name], value)]
-    expect(not changed, f"{len(changed)} tensors are not saved as they were read, as {changed[:2]}")
+    changed = [name for name, value in before.items() if not (after[name] - value).norm() <= within * value.norm()]
+    expect(not changed, f"{len(changed)} saved tensors are not what they should be, as {changed[:2]}")
     raws = [json.loads((path / "config.json").read_text(encoding="utf-8")) for path in (folder, saved)]
     first, second = (_facts(family.make_config(raw)) for raw in raws)
     expect(first == second, f"in config.json {_differences(first, second)}")
@@ -249,15 +246,41 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 # -- level 2 --------------------------------------------------------------------------------------------------------
 
 
+@check("model", level=2, mutant="takes-any-size")
+def refuses(context: Context) -> None:
+    """Ranks that its heads cannot be shared by, and more stages than layers, are refused before any training."""
+    folder = _shared_files(context)
+    family = context.plugins.load("model", context.name)
+    sizes = family.make_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    uneven = next(size for size in range(2, 99) if sizes.num_attention_heads % size)
+    for topology in (f"tp{uneven}", f"pp{sizes.num_hidden_layers + 1}"):
+        if _is_refused(folder, topology, context.folder):
+            continue
+        args = (str(folder), topology, str(context.folder / topology))
+        for reason in context.on_ranks(refusal, ranks_of(topology), *args):
+            expect("parallel." in reason, f"{topology} was tried, and the reason against it is {reason or 'none'}")
+
+
+def refusal(folder: str, topology: str, output: str) -> str:
+    """Why a run on these ranks ends before its first step; "" where it does not."""
+    record = Record()
+    sections = _sections(folder, topology, Path(output), steps=1, optimizer={"type": "sgd", "lr": 1e-3})
+    try:
+        train(sections, record)
+    except CollieError as error:
+        return "" if record.losses else str(error)
+    return ""
+
+
 @check("model", level=2, mutant="cut-wrongly")
 def tp2(context: Context) -> None:
-    """Two tensor-parallel ranks have the losses and gradients of one process, and save what they have read."""
+    """Two tensor-parallel ranks have the losses and gradients of one process, and save the same weights."""
     _same_on(context, "tp2")
 
 
 @check("model", level=2, mutant="stubbed-wrongly")
 def pp2(context: Context) -> None:
-    """Two pipeline stages have the losses and gradients of one process, and save what they have read."""
+    """Two pipeline stages have the losses and gradients of one process, and save the same weights."""
     _same_on(context, "pp2")
 
 
@@ -265,27 +288,52 @@ def pp2(context: Context) -> None:
 def meshes(context: Context) -> None:
     """So do two stages of two ranks, four tensor-parallel ranks and ZeRO 3, as far as the sizes allow."""
     require_deepspeed()
-    _same_on(context, "tp2pp2", "tp4", "dp2zero3")
+    _same_on(context, *MESHES)
+
+
+FOR_ALL, MESHES = ("tp2", "pp2"), ("tp2pp2", "tp4", "dp2zero3")
+"""What no small config makes impossible, and what one may."""
 
 
 def _same_on(context: Context, *topologies: str) -> None:
-    folder = _prepared(context)
-    (alone,) = context.on_ranks(standing, 1, str(folder), "dp1", str(context.folder / "dp1"))
-    for topology in topologies:
-        if _is_refused(folder, topology, context.folder):
-            continue
-        output = context.folder / topology
-        found = context.on_ranks(standing, ranks_of(topology), str(folder), topology, str(output))[0]
+    folder = _shared_files(context)
+    wished = ("dp1", *FOR_ALL, *MESHES)
+    taken = [one for one in wished if one in FOR_ALL or not _is_refused(folder, one, context.folder)]
+    planned = {
+        one: Planned(ranks_of(one), moving, (str(folder), one, str(context.shared.folder / one)))
+        for one in taken
+        if "zero" not in one or has_deepspeed()
+    }
+    for topology in (one for one in topologies if one in planned):
+        found = outcome(context, topology, planned)[0]
+        (alone,) = outcome(context, "dp1", planned)
         for what, numbers, wanted in zip(("losses", "gradient norms"), found, alone, strict=True):
             off = largest_difference(numbers, wanted)
             expect(off <= 1e-5 if what == "losses" else off <= 1e-4, f"on {topology} {what} differ by {off:.1e}")
-        _expect_unchanged(context, folder, output / "run" / "model")
+        wanted_files, saved = (context.shared.folder / one / "run" / "model" for one in ("dp1", topology))
+        _expect_same_files(context, wanted_files, saved, within=1e-4)
+
+
+def moving(folder: str, topology: str, output: str) -> tuple[list[float], list[float]]:
+    """Losses and norms of three steps, the last of which tell of all gradients before; and an export."""
+    optimizer = {"type": "sgd", "lr": 0.1}
+    record: Record = train(_sections(folder, topology, Path(output), steps=3, optimizer=optimizer))
+    return record.losses, record.norms
+
+
+def _shared_files(context: Context) -> Path:
+    """The same as `_prepared`, for all checks on ranks."""
+    folder = context.shared.folder / "files"
+    if not folder.exists():
+        questions(context.shared.folder)
+        write_files(context, folder, small_config(context))
+    return folder
 
 
 def _is_refused(folder: Path, topology: str, output: Path) -> bool:
     """Whether the configuration refuses to cut the model so, before any process starts."""
     try:
         RunConfig(**_sections(str(folder), topology, output, steps=1, optimizer={"type": "sgd", "lr": 1e-3}))
-    except CollieError:
-        return topology not in ("tp2", "pp2")  # which the small config allows
+    except ConfigError as error:
+        return any(problem.key.startswith("parallel.") for problem in error.problems)
     return False

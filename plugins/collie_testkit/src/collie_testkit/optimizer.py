@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,17 @@ from torch import Tensor, nn
 
 from collie_core.api import ConfigError, CurvatureOptimizer, FusedOptimizer, RunConfig
 from collie_testkit.context import Context
+from collie_testkit.launches import Planned, outcome
 from collie_testkit.registry import Skipped, check, expect
-from collie_testkit.training import largest_difference, questions, ranks_of, require_deepspeed, sections_on, train
+from collie_testkit.training import (
+    has_deepspeed,
+    largest_difference,
+    questions,
+    ranks_of,
+    require_deepspeed,
+    sections_on,
+    train,
+)
 
 SHAPES: list[tuple[int, ...]] = [(5,), (3, 4), (2, 3, 4), (6, 4)]
 SHAPES_OF_MODELS: list[tuple[int, ...]] = [(512, 1376), (704,)]
@@ -187,7 +197,7 @@ def resume(context: Context) -> None:
 
 @check("optimizer", level=1, mutant="greedy")
 def state_bytes(context: Context) -> None:
-    """It keeps as many bytes for each parameter as `can.state_bytes_per_parameter` says."""
+    """It keeps no more bytes for each parameter than `can.state_bytes_per_parameter` says."""
     declared = context.can.state_bytes_per_parameter
     for shapes in (SHAPES_OF_MODELS[:1], SHAPES_OF_MODELS):
         params = [nn.Parameter(torch.full(shape, 0.01)) for shape in shapes]
@@ -198,6 +208,17 @@ def state_bytes(context: Context) -> None:
         expect(
             held <= most, f"{held} bytes of state for {sum(p.numel() for p in params)} parameters, not {declared} each"
         )
+
+
+@check("optimizer", level=1, mutant="boastful")
+def state_is_kept(context: Context) -> None:
+    """Of some parameter it keeps as much as that, so that no plan finds room for what is never there."""
+    declared = context.can.state_bytes_per_parameter
+    params = [nn.Parameter(torch.full(shape, 0.01)) for shape in SHAPES_OF_MODELS]
+    optimizer = build(context, params)
+    run(context, optimizer, params, gradients(params, 1))
+    most = max(_bytes(optimizer.state[param]) / param.numel() for param in params)
+    expect(most >= 0.9 * declared, f"it keeps at most {most:g} bytes for each parameter, and declares {declared:g}")
 
 
 @check("optimizer", level=1, mutant="brittle")
@@ -245,7 +266,7 @@ def reference(context: Context) -> None:
     ]
     run(context, build(context, params), params, grads)
     for param, wanted in zip(params, expected, strict=True):
-        off = float((param - wanted).abs().max())
+        off = float((param.detach() - wanted).abs().max())
         expect(off <= 1e-10, f"a parameter of shape {tuple(param.shape)} differs by {off:.1e} from the reference")
 
 
@@ -360,45 +381,45 @@ def pp2(context: Context) -> None:
 def zero(context: Context) -> None:
     """ZeRO 1 and 3 have the losses of one process, or are refused by name."""
     require_deepspeed()
-    _same_losses(context, "dp2zero1", "dp2zero3")
+    _same_losses(context, *ZERO)
 
 
 @check("optimizer", level=2, mutant="misfiled")
 def checkpoint(context: Context) -> None:
     """A checkpoint of two tensor-parallel ranks goes on in one process with the same losses."""
-    expected = losses_alone(context)
-    _write_questions(context)
-    context.on_ranks(_interrupted, 2, context.section, str(context.folder), 3)
-    ((losses, _),) = context.on_ranks(_gone_on, 1, context.section, str(context.folder))
-    _expect_same("after a restart on one process", losses, expected[0][3:])
+    planned = _planned(context)
+    outcome(context, "interrupted", planned)
+    ((losses, _),) = outcome(context, "resumed", planned)
+    ((expected, _),) = outcome(context, "dp1", planned)
+    _expect_same("after a restart on one process", losses, expected[STOP:])
 
 
-RUN_STEPS = 6
-_ALONE: dict[Any, tuple[list[float], list[float]]] = {}
+RUN_STEPS, STOP = 6, 3
+ZERO = ("dp2zero1", "dp2zero3")
 
 
-def losses_alone(context: Context) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms on one process; computed once for a plugin."""
-    key = (context.entry, repr(context.section))
-    if key not in _ALONE:
-        _write_questions(context)
-        (_ALONE[key],) = context.on_ranks(_train, 1, context.section, "dp1", str(context.folder))
-    return _ALONE[key]
-
-
-def _write_questions(context: Context) -> None:
-    questions(context.folder)
+def _planned(context: Context) -> dict[str, Planned]:
+    """The runs of all checks; those with DeepSpeed last, since it leaves things behind."""
+    folder, section = context.shared.folder, context.section
+    questions(folder)
+    zero = ZERO if has_deepspeed() else ()
+    places = [place for place in ("dp1", "dp2", "tp2", "pp2", *zero) if not _refusal(context, place)]
+    found = {place: Planned(ranks_of(place), trained, (section, place, str(folder))) for place in places}
+    restart = {
+        "interrupted": Planned(2, interrupted, (section, str(folder))),
+        "resumed": Planned(1, gone_on, (section, str(folder))),
+    }
+    return restart | found
 
 
 def _same_losses(context: Context, *topologies: str) -> None:
+    planned = _planned(context)
     for topology in topologies:
         if reason := _refusal(context, topology):
             expect("optimizer" in reason or "parallel." in reason, f"{topology} is refused without a name: {reason}")
             continue
-        losses, norms = losses_alone(context)
-        _write_questions(context)
-        args = (context.section, topology, str(context.folder))
-        found = context.on_ranks(_train, ranks_of(topology), *args)
+        found = outcome(context, topology, planned)
+        ((losses, norms),) = outcome(context, "dp1", planned)
         _expect_same(f"on {topology}", found[0][0], losses)
         _expect_same(f"on {topology}, gradient norms", found[0][1], norms, 1e-4)
         expect(all(rank[0] == found[0][0] for rank in found), f"on {topology} the ranks have different losses")
@@ -425,36 +446,34 @@ def _refusal(context: Context, topology: str) -> str:
     return ""
 
 
-def _sections(section: dict[str, Any], topology: str, folder: str) -> dict[str, Any]:
-    from pathlib import Path
-
-    found: dict[str, Any] = sections_on(topology, Path(folder), Path(folder) / topology, steps=RUN_STEPS)
+def _sections(section: dict[str, Any], topology: str, folder: str, name: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = sections_on(topology, Path(folder), Path(folder) / (name or topology), steps=RUN_STEPS)
     return found | {"optimizer": section}
 
 
-def _train(section: dict[str, Any], topology: str, folder: str) -> tuple[list[float], list[float]]:
+def trained(section: dict[str, Any], topology: str, folder: str) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a run."""
     record = train(_sections(section, topology, folder))
     return record.losses, record.norms
 
 
 class _Stop:
-    def __init__(self, step: int) -> None:
-        self.step = step
-
     def collie_after_step(self, run: Any) -> None:
-        if run.step == self.step:
+        if run.step == STOP:
             run.request_stop()
 
 
-def _interrupted(section: dict[str, Any], folder: str, step: int) -> None:
-    sections = _sections(section, "tp2", folder)
-    sections["checkpoint"] = {"save_steps": step}
-    train(sections, _Stop(step))
+def interrupted(section: dict[str, Any], folder: str) -> None:
+    """A run that ends after `STOP` steps and leaves a checkpoint."""
+    sections = _sections(section, "tp2", folder, "interrupted")
+    sections["checkpoint"] = {"save_steps": STOP}
+    train(sections, _Stop())
 
 
-def _gone_on(section: dict[str, Any], folder: str) -> tuple[list[float], list[float]]:
-    sections = _sections(section, "dp1", folder)
-    sections["checkpoint"] = {"resume_from_checkpoint": f"{folder}/tp2/run"}
+def gone_on(section: dict[str, Any], folder: str) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms after that."""
+    sections = _sections(section, "dp1", folder, "resumed")
+    sections["checkpoint"] = {"resume_from_checkpoint": f"{folder}/interrupted/run"}
     record = train(sections)
     return record.losses, record.norms
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from collie_core.api import PluginError, Plugins
-from collie_testkit.context import Context, Material
+from collie_testkit.context import Context, Material, Shared
 from collie_testkit.registry import KINDS, Check, Failed, Skipped, checks_of
 from collie_testkit.zygote import Zygote
 
@@ -71,10 +71,12 @@ def run_all(kind: str, name: str, material: Material, known: Mapping[str, str], 
     chosen = checks_for(plugins, kind, name)
     require_reasons(known, kind)
     with TemporaryDirectory(prefix="collie-check-") as root, Forks() as forks:
-        for number, check in enumerate(found for found in chosen if found.level <= level):
-            folder = Path(root) / str(number)
+        shared = Shared(Path(root) / "shared")
+        shared.folder.mkdir()
+        for check in (found for found in chosen if found.level <= level):
+            folder = Path(root) / check.name
             folder.mkdir()
-            yield run_check(check, Context(kind, name, folder, forks.zygote, material), known)
+            yield run_check(check, Context(kind, name, folder, forks.zygote, material, plugins, shared), known)
 
 
 class Forks:

@@ -1,4 +1,4 @@
-"""Checks of servers: one of them answers with a small model in this process, and clients ask it.
+"""Checks of servers: one of them answers with a small model, in this process or on several ranks, and clients ask it.
 
 How a client asks is `Material.ask`; without it, as the interface of OpenAI has it: POST /v1/completions.
 """
@@ -12,9 +12,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -22,15 +23,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from collie_core.api import serve
-from collie_testkit.context import Context
+from collie_core.api import ParallelConfig, Topology, load_for_generation, serve
+from collie_testkit.context import Context, Material
 from collie_testkit.registry import Skipped, check, expect
+from collie_testkit.training import sizes_of
+from collie_testkit.zygote import Zygote
 
 PATH = "/v1/completions"
 LETTERS = "abcdefghijklmnopqrstuvwxyz ,.!0123456789"
 CONTEXT = 128  # tokens
 TOKENS = 12
+PROMPTS = ("a", "hello, ", "12 and 13 are ")
+SPLITS = ("tp2", "pp2")
 WAIT_S = 20.0
+MOST_STOP_S = 5.0
+START_S = 60.0  # of ranks, on a busy machine
 
 
 class Small(NamedTuple):
@@ -57,12 +64,17 @@ def small_model() -> Small:
 
 def greedy(small: Small, prompt: str) -> str:
     """What transformers writes after a prompt."""
+    return str(small.tokenizer.decode(greedy_ids(small, prompt), skip_special_tokens=True))
+
+
+def greedy_ids(small: Small, prompt: str) -> list[int]:
+    """The same as ids: `TOKENS` of them, or up to the end of the text, which is one of them."""
     ids = torch.tensor([small.tokenizer(prompt)["input_ids"]])
     with torch.no_grad():
         found = small.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False, pad_token_id=0
         )
-    return str(small.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    return [int(token) for token in found[0, ids.shape[1] :]]
 
 
 # -- a running server -----------------------------------------------------------------------------------------------
@@ -113,9 +125,15 @@ def asker(context: Context) -> Callable[[str, str], str]:
 
 def ask_over_http(where: str, prompt: str) -> str:
     """By the interface of OpenAI."""
+    return str(complete(where, prompt)["choices"][0]["text"])
+
+
+def complete(where: str, prompt: str) -> dict[str, Any]:
+    """All that comes back."""
     status, answer = post(where, json.dumps({"prompt": prompt, "max_tokens": TOKENS, "temperature": 0}).encode())
     expect(status == 200, f"POST {PATH} gives {status}: {answer}")
-    return str(answer["choices"][0]["text"])
+    found: dict[str, Any] = answer
+    return found
 
 
 def post(where: str, body: bytes) -> tuple[int, Any]:
@@ -143,9 +161,25 @@ def answers(context: Context) -> None:
     """Greedy answers are what transformers writes, to the last letter."""
     small, ask = small_model(), asker(context)
     with running(context, small) as server:
-        for prompt in ("a", "hello, ", "12 and 13 are "):
+        for prompt in PROMPTS:
             found, wanted = ask(server.where, prompt), greedy(small, prompt)
             expect(found == wanted, f"after {prompt!r} it writes {found!r} instead of {wanted!r}")
+
+
+@check("server", level=1, mutant="terse")
+def interface(context: Context) -> None:
+    """An answer says of what kind it is, the number of each choice and why it ended, as OpenAI's interface has it."""
+    small = small_model()
+    with running(context, small) as server:
+        _require_http(context, server.where)
+        for prompt in PROMPTS:
+            answer = complete(server.where, prompt)
+            expect(answer.get("object") == "text_completion", f"object is {answer.get('object')!r}")
+            (choice,) = answer["choices"]
+            expect(choice.get("index") == 0, f"the only choice has the index {choice.get('index')!r}")
+            reason = "stop" if small.tokenizer.eos_token_id in greedy_ids(small, prompt) else "length"
+            found = choice.get("finish_reason")
+            expect(found == reason, f"the answer to {prompt!r} has the finish_reason {found!r} instead of {reason!r}")
 
 
 @check("server", level=1, mutant="crashes-on-rubbish")
@@ -212,9 +246,88 @@ def stop(context: Context) -> None:
         server.thread.join(WAIT_S)
         took = time.monotonic() - begin
     left = {thread.name for thread in threading.enumerate() if thread not in before}
-    expect(took < 5 and "collie-server" not in left, f"it has not ended {took:.1f} s after stop()")
+    expect(took < MOST_STOP_S and "collie-server" not in left, f"it has not ended {took:.1f} s after stop()")
     if server.where.startswith("http"):
         address = urlsplit(server.where)
         with socket.socket() as free:
             code = free.connect_ex((address.hostname or "", address.port or 80))
         expect(code != 0, "its port still takes connections")
+
+
+# -- level 2 --------------------------------------------------------------------------------------------------------
+
+
+@check("server", level=2, mutant="asks-by-itself")
+def ranks(context: Context) -> None:
+    """On two tensor-parallel ranks and on two pipeline stages it answers as on one, and `stop` ends all of them."""
+    small, ask = small_model(), asker(context)
+    for part in small:
+        part.save_pretrained(context.folder / "model")
+    options = dict(_on_a_free_port(context).material.options)
+    context.zygote()  # made here, since it may be a fixture of pytest
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(context.on_ranks, serve_in_turn, 2, context.name, options, str(context.folder))
+        try:
+            found = {split: _answers_on(split, context.folder, serving, ask) for split in SPLITS}
+        finally:
+            for split in SPLITS:
+                _stop_file(context.folder, split).touch()
+    wanted = [greedy(small, prompt) for prompt in PROMPTS]
+    for split, texts in found.items():
+        expect(texts == wanted, f"on {split} it writes {texts} instead of {wanted}")
+    for took, left in (one for rank in serving.result() for one in rank):
+        expect(took < MOST_STOP_S and not left, f"{took:.1f} s after stop() a rank has ended, and left threads: {left}")
+
+
+def _answers_on(split: str, folder: Path, serving: Future[Any], ask: Callable[[str, str], str]) -> list[str]:
+    """Ask, once the ranks are there, and let them stop."""
+    place, deadline = folder / f"{split}.place", time.monotonic() + START_S
+    while not place.exists():
+        if serving.done():
+            serving.result()
+        expect(not serving.done() and time.monotonic() < deadline, f"on {split} ready() was not called")
+        time.sleep(0.02)
+    found = [ask(place.read_text(), prompt) for prompt in PROMPTS]
+    _stop_file(folder, split).touch()
+    return found
+
+
+def _stop_file(folder: Path, split: str) -> Path:
+    return folder / f"{split}.stop"
+
+
+class _Stop(threading.Event):
+    """Set as soon as a file is there."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = file
+
+    def is_set(self) -> bool:
+        return self._file.exists()
+
+
+def serve_in_turn(name: str, options: dict[str, Any], folder: str) -> list[tuple[float, list[str]]]:
+    """On each split of the model, until somebody stops it: how long that took, and the threads that were left."""
+    return [_serve_on(split, name, options, Path(folder)) for split in SPLITS]
+
+
+def _serve_on(split: str, name: str, options: dict[str, Any], folder: Path) -> tuple[float, list[str]]:
+    sizes, before = sizes_of(split), set(threading.enumerate())
+    parallel = ParallelConfig(tensor_parallel_size=sizes["tp"], pipeline_parallel_size=sizes["pp"])
+    topology = Topology.start(parallel)
+    model, tokenizer = load_for_generation(str(folder / "model"), topology=topology, parallel=parallel)
+
+    def announce(where: str) -> None:
+        (folder / "unfinished").write_text(where)
+        (folder / "unfinished").rename(folder / f"{split}.place")
+
+    server = Context("server", name, folder, _no_zygote, Material(options=options)).build()
+    stop = _stop_file(folder, split)
+    serve(server, model, tokenizer, topology=topology, ready=announce, stop=_Stop(stop))
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    return time.time() - stop.stat().st_mtime, left
+
+
+def _no_zygote() -> Zygote:
+    raise AssertionError("ranks have no ranks of their own")

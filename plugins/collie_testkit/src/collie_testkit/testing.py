@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from collie_core.api import Plugins
-from collie_testkit.context import Context, Material
+from collie_testkit.context import Context, Material, Shared
 from collie_testkit.registry import Check, Failed
 from collie_testkit.results import FAILED, KNOWN, SKIPPED, checks_for, require_reasons, run_check
 
@@ -29,12 +29,18 @@ def checks(
     """
     known, given = known_failures or {}, Material(**material)
     require_reasons(known, kind)
-    chosen = checks_for(Plugins.discover(), kind, name)
+    plugins = Plugins.discover()
+    chosen = checks_for(plugins, kind, name)
+    shared: list[Shared] = []
     cases = [pytest.param(check, id=check.name, marks=pytest.mark.collie_check(level=check.level)) for check in chosen]
 
     @pytest.mark.parametrize("check", cases)
-    def test(check: Check, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-        context = Context(kind, name, tmp_path, lambda: request.getfixturevalue("zygote"), given)
+    def test(
+        check: Check, request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        if not shared:
+            shared.append(Shared(tmp_path_factory.mktemp(f"{kind}-{name}")))
+        context = Context(kind, name, tmp_path, lambda: request.getfixturevalue("zygote"), given, plugins, shared[0])
         result = run_check(check, context, known)
         if result.outcome == FAILED:
             if result.error is not None:

@@ -60,12 +60,14 @@ def ranks_of(topology: str) -> int:
 
 
 def questions(folder: Path, count: int = 24) -> Path:
-    """A file of rows {input, output} of different lengths."""
+    """A file of rows {input, output} of different lengths, which is left alone where it is."""
+    path = folder / "questions.jsonl"
+    if path.exists():
+        return path
     rows = [
         {"input": f"Count to {number}: ", "output": " ".join(map(str, range(1, number + 1)))}
         for number in range(1, count + 1)
     ]
-    path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -77,7 +79,7 @@ def sections_on(topology: str, folder: Path, output: Path, *, steps: int) -> Sec
         "model": {"config": LLAMA},
         "tokenizer": {"type": "byte"},
         "data": {"train": str(folder / "questions.jsonl"), "max_length": 64, "long_samples": "truncate",
-                 "cache_dir": str(output / "cache")},
+                 "cache_dir": str(folder / "cache")},
         "parallel": {
             "tensor_parallel_size": sizes["tp"],
             "pipeline_parallel_size": sizes["pp"],
@@ -101,9 +103,14 @@ def train(sections: Sections, *callbacks: object) -> Record:
     return record
 
 
+def has_deepspeed() -> bool:
+    """Whether it is installed."""
+    return find_spec("deepspeed") is not None
+
+
 def require_deepspeed() -> None:
     """Skip a check of ZeRO where DeepSpeed is not installed."""
-    if find_spec("deepspeed") is None:
+    if not has_deepspeed():
         raise Skipped("deepspeed is not installed: pip install 'collie-core[deepspeed]'")
 
 

@@ -10,6 +10,7 @@ finish in time prints the stack of each of its threads and ends; the others are 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import os
@@ -92,20 +93,24 @@ def _import_everything() -> None:
     """What each rank would import else, and what transformers finds out when it first writes a model."""
     import datasets  # noqa: F401
     import torch
+    import transformers.optimization  # noqa: F401  (by the engines)
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    from collie_core.api import Trainer  # noqa: F401
+    from collie_core.api import RunConfig, Trainer  # noqa: F401
 
-    for name in ("deepspeed", "peft"):
-        if importlib.util.find_spec(name) is not None:
+    for name in ("deepspeed", "deepspeed.module_inject.auto_ep_layer", "peft"):
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
+    RunConfig(model={"config": {"model_type": "llama"}}, tokenizer="byte")  # with what the defaults describe
     torch.set_num_threads(1)
     tiny = LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=8)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(tiny).save_pretrained(folder)
     logging.enable_progress_bar()
+    gc.collect()
+    gc.freeze()  # what is here stays: ranks need neither look through it nor, for that, copy its pages
 
 
 def _run_ranks(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any, ClassVar
 
+import torch
+
 from collie_core.api import Served
 
 
@@ -15,17 +17,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         try:
-            status, answer = 200, {"choices": [{"text": self.answer(self.body())}]}
+            status, answer = 200, self.completion(self.body())
         except self.wrong as error:
-            status, answer = 400, {"error": {"message": str(error)}}  # type: ignore[dict-item]
+            status, answer = 400, {"error": {"message": str(error)}}
         self.reply(status, answer)
 
     def body(self) -> Any:
         return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
 
-    def answer(self, body: Any) -> str:
+    def completion(self, body: Any) -> dict[str, Any]:
+        prompt, most = body["prompt"], body.get("max_tokens", 16)
+        pieces = self.pieces(prompt, most)
+        ended = "length" if len(pieces) > most else "stop"
+        return {"object": "text_completion", "choices": [{"index": 0, "text": "".join(pieces), "finish_reason": ended}]}
+
+    def pieces(self, prompt: Any, most: Any) -> list[str]:
+        """One for each token, and the end."""
         served: Served = self.server.served  # type: ignore[attr-defined]
-        return "".join(served.model.answer(body["prompt"], max_tokens=body.get("max_tokens", 16)))
+        return list(served.model.answer(prompt, max_tokens=most))
 
     def reply(self, status: int, answer: Any) -> None:
         self.send_response(status)
@@ -54,12 +63,21 @@ class Plain:
 
 
 class _Tidy(Handler):
-    def answer(self, body: Any) -> str:
-        return super().answer(body).title()
+    def pieces(self, prompt: Any, most: Any) -> list[str]:
+        return [piece.upper() for piece in super().pieces(prompt, most)]
 
 
 class TidiesUp(Plain):
     handler = _Tidy
+
+
+class _Terse(Handler):
+    def completion(self, body: Any) -> dict[str, Any]:
+        return {"choices": [{"text": super().completion(body)["choices"][0]["text"]}]}
+
+
+class Terse(Plain):
+    handler = _Terse
 
 
 class _Crashes(Handler):
@@ -83,7 +101,7 @@ class _Endless(Handler):
             if len(body["prompt"]) > 128:
                 self.reply(500, {"error": {"message": "the context is full"}})
                 return
-            self.reply(200, {"choices": [{"text": self.answer(body)}]})
+            self.reply(200, self.completion(body))
         except self.wrong as error:
             self.reply(400, {"error": {"message": str(error)}})
 
@@ -97,11 +115,11 @@ class _MixesUp(Handler):
 
     one = threading.Lock()
 
-    def answer(self, body: Any) -> str:
-        self.server.prompt = body["prompt"]  # type: ignore[attr-defined]
+    def pieces(self, prompt: Any, most: Any) -> list[str]:
+        self.server.prompt = prompt  # type: ignore[attr-defined]
         time.sleep(0.1)
         with self.one:
-            return super().answer({**body, "prompt": self.server.prompt})  # type: ignore[attr-defined]
+            return super().pieces(self.server.prompt, most)  # type: ignore[attr-defined]
 
 
 class MixesUp(Plain):
@@ -120,7 +138,7 @@ class _Offended(Handler):
             self.reply(503, {"error": {"message": "somebody left"}})
             return
         try:
-            self.reply(200, {"choices": [{"text": self.answer(json.loads(body))}]})
+            self.reply(200, self.completion(json.loads(body)))
         except self.wrong as error:
             self.reply(400, {"error": {"message": str(error)}})
 
@@ -143,3 +161,20 @@ class Stays(Plain):
     def stop(self) -> None:
         if getattr(self.http, "asked", 0) > 1:
             super().stop()
+
+
+class _Itself(Handler):
+    """Runs the model of one process, which the `rows` of several ranks do not have."""
+
+    def pieces(self, prompt: Any, most: Any) -> list[str]:
+        served: Served = self.server.served  # type: ignore[attr-defined]
+        tokenizer, model = served.model.tokenizer, served.model._batch._model  # type: ignore[attr-defined]
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        if ids.shape[1] >= served.model.context:
+            raise ValueError("the prompt is too long")
+        found = model.generate(ids, max_new_tokens=most, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        return [*tokenizer.batch_decode(found[:, None], skip_special_tokens=True), *[""] * (1 not in found)]
+
+
+class AsksByItself(Plain):
+    handler = _Itself

@@ -21,6 +21,10 @@ class TidiesUpConfig(PlainConfig):
     type: Literal["tidies-up"] = "tidies-up"
 
 
+class TerseConfig(PlainConfig):
+    type: Literal["terse"] = "terse"
+
+
 class CrashesOnRubbishConfig(PlainConfig):
     type: Literal["crashes-on-rubbish"] = "crashes-on-rubbish"
 
@@ -41,9 +45,15 @@ class StaysConfig(PlainConfig):
     type: Literal["stays"] = "stays"
 
 
+class AsksByItselfConfig(PlainConfig):
+    type: Literal["asks-by-itself"] = "asks-by-itself"
+
+
 TIDIES_UP = _component("TidiesUp")
+TERSE = _component("Terse")
 CRASHES_ON_RUBBISH = _component("CrashesOnRubbish")
 ENDLESS = _component("Endless")
 MIXES_UP = _component("MixesUp")
 EASILY_OFFENDED = _component("EasilyOffended")
 STAYS = _component("Stays")
+ASKS_BY_ITSELF = _component("AsksByItself")
