@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from collie_core.api import RunConfig, RunError
+from collie_core.cli import main
 from collie_core.data.loader import Layout, collate
 from collie_core.parity import (
     Record,
@@ -100,7 +101,9 @@ def recorded(zygote: Any, site: Path, tmp_path: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_the_command_compares_two_topologies(tiny_llama: Path, instructions: Path, site: Path, tmp_path: Path) -> None:
+def test_the_command_compares_two_topologies(
+    tiny_llama: Path, instructions: Path, site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(sections(instructions, tmp_path, model_name_or_path=str(tiny_llama))))
 
@@ -120,12 +123,15 @@ def test_the_command_compares_two_topologies(tiny_llama: Path, instructions: Pat
     assert "NOT the same" in other.stdout
     assert "the first module whose output differs is model.layers.1.mlp.up_proj" in other.stdout
 
-    mistake = verify("--a", "tp3")
-    assert mistake.returncode == 2
-    assert "sizes that can: 1, 2, 4" in mistake.stderr
-    assert mistake.stdout == ""  # before anything was started
-    assert "--a is missing" in verify().stderr
-    assert "steps 0: must be at least 1" in verify("--a", "tp2", "--steps", "0").stderr
+    def mistake(*words: str) -> str:
+        assert main(["verify", "parity", str(path), *words]) in (1, 2)
+        out, err = capsys.readouterr()
+        assert out == ""  # before anything was started
+        return err
+
+    assert "sizes that can: 1, 2, 4" in mistake("--a", "tp3")
+    assert "--a is missing" in mistake()
+    assert "steps 0: must be at least 1" in mistake("--a", "tp2", "--steps", "0")
 
 
 @pytest.mark.slow

@@ -111,13 +111,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "collie 0.1.0\n"
 
 
-@pytest.mark.parametrize(("argv", "target"), [(["--help"], 0.15), (["plugins"], 0.3)])
+@pytest.mark.parametrize(("argv", "times"), [(["--help"], 3), (["plugins"], 4)])
 def test_starting_with_fifty_plugins_is_quick(
-    site: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], target: float
+    site: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], times: float
 ) -> None:
     write_many(site, count=50, broken=5, heavy=20)
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # as users run it: with compiled modules
-    assert min(_cpu_seconds("-m", "collie_core.cli", *argv) for _ in range(5)) <= target
+    least = ("-c", "import argparse, importlib.metadata")  # 0.05 s where --help takes 0.12: any program needs as much
+    pairs = [(_cpu_seconds("-m", "collie_core.cli", *argv), _cpu_seconds(*least)) for _ in range(5)]
+    ours, bare = (min(column) for column in zip(*pairs, strict=True))
+    assert ours <= times * bare
 
 
 def _cpu_seconds(*argv: str) -> float:

@@ -155,6 +155,7 @@ class _Search:
         self.tried = 0
         self._warm: set[bool] = set()  # whether ZeRO was traced in this process, and whether anything else was
         self._layers: dict[tuple[int, int], Layers | None] = {}
+        self._configs: dict[Strategy, RunConfig] = {}
 
     # -- what to try -----------------------------------------------------------------------------------------------
 
@@ -195,11 +196,16 @@ class _Search:
 
     def _allowed(self, strategy: Strategy) -> bool:
         try:
-            config = self.load(strategy.changes)
-            self.layers(config)
+            self.layers(self.config_with(strategy))
         except CollieError:  # what is refused is no strategy
             return False
         return True
+
+    def config_with(self, strategy: Strategy) -> RunConfig:
+        """That of the run; making one takes as long as many operations of a trace."""
+        if strategy not in self._configs:
+            self._configs[strategy] = self.load(strategy.changes)
+        return self._configs[strategy]
 
     def layers(self, config: RunConfig) -> Layers | None:
         """Of the model as a strategy cuts it."""
@@ -215,7 +221,7 @@ class _Search:
         ranked: list[Ranked | None] = []
         left = list(strategies)
         for whole in (False, True):  # in whole those of which few layers do not stand for many
-            jobs = [_Job.of(strategy, self.load(strategy.changes), self, whole=whole) for strategy in left]
+            jobs = [_Job.of(strategy, self.config_with(strategy), self, whole=whole) for strategy in left]
             for job in jobs:
                 self._warm_up(job)
             found = iter(each_in_child(_trace, [call for job in jobs for call in job.calls]))
