@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from fake_dists import write_distribution
 # How long an example takes says nothing on a machine that does other things too.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Install = Callable[..., Path]
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
