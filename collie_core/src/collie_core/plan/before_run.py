@@ -85,7 +85,7 @@ def plan_before_run(config: RunConfig, *, force: bool) -> list[PlanOfRun]:
 
 
 def _plan_here(config: RunConfig, *, force: bool) -> PlanOfRun:
-    import transformers.optimization  # noqa: F401  (half a second, which each planning process would take by itself)
+    import transformers.optimization  # noqa: F401  (the run needs it, and it loads peft, as plans of adapters would)
 
     room, processes = Room.here(), int(os.environ.get("WORLD_SIZE", "1"))
     config = with_precision(config, gpu=bool(room.gpu))

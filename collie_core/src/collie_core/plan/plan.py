@@ -12,9 +12,9 @@ from collie_core.config.rules import require_parts
 from collie_core.data.tokenizer import build_tokenizer
 from collie_core.errors import RunError
 from collie_core.plan.children import each_in_child
-from collie_core.plan.extend import Trace, alike, extended
+from collie_core.plan.extend import alike
 from collie_core.plan.layers import layers_of
-from collie_core.plan.predict import RankPrediction, RankTrace, predict_rank, trace_rank
+from collie_core.plan.predict import RankPrediction, RankTrace, extended_peaks, predict_rank, trace_rank
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
@@ -154,7 +154,7 @@ class _Predictor:
             pairs = list(zip(traces[::2], traces[1::2], strict=True))
             if all(alike(low.sections, high.sections) for low, high in pairs):
                 return {
-                    place: self._extended(low, high, self.depths, self.of_stage[place.stage])
+                    place: self._read(low, high, self.depths, self.of_stage[place.stage])
                     for place, (low, high) in zip(places, pairs, strict=True)
                 }
         return dict(zip(places, self._each(_predict, places, (None,)), strict=True))
@@ -163,10 +163,8 @@ class _Predictor:
         ranks = [(self.shape.rank(place), self.shape.processes, self.granularity) for place in places]
         return each_in_child(function, [(self.config, *rank, depth) for rank in ranks for depth in depths])
 
-    def _extended(self, low: RankTrace, high: RankTrace, depths: tuple[int, int], size: int) -> RankPrediction:
-        few, more = (Trace(depth, each.sections) for depth, each in zip(depths, (low, high), strict=True))
-        peaks = extended(few, more, size, bounded=self.config.parallel.zero_stage == 3)
-        return RankPrediction(peaks, low.twins, depths)
+    def _read(self, low: RankTrace, high: RankTrace, depths: tuple[int, int], size: int) -> RankPrediction:
+        return RankPrediction(extended_peaks(self.config, low, high, depths, size), low.twins, depths)
 
 
 def _predict(config: RunConfig, rank: int, processes: int, granularity: int, _: None) -> RankPrediction:

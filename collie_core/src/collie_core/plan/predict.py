@@ -17,6 +17,7 @@ from collie_core.model.build import architecture
 from collie_core.model.part import part_of
 from collie_core.model.stages import stage_of
 from collie_core.model.weights import ShardReader, assign
+from collie_core.plan.extend import Trace, extended
 from collie_core.plan.fake import fake_rank
 from collie_core.plan.held import held, weights
 from collie_core.plan.layers import set_layers
@@ -87,6 +88,14 @@ def trace_rank(config: RunConfig, rank: int, world_size: int, granularity: int, 
 
     parts = _rehearsed(config, rank, world_size, trace, layers, reached)
     return RankTrace(trace.sections(), (steps[1], steps[2]), _twins(parts))
+
+
+def extended_peaks(
+    config: RunConfig, low: RankTrace, high: RankTrace, depths: tuple[int, int], size: int
+) -> dict[str, Peak]:
+    """The peaks of each phase with `size` layers, from two alike traces of a rank with so few."""
+    few, more = (Trace(depth, each.sections) for depth, each in zip(depths, (low, high), strict=True))
+    return extended(few, more, size, bounded=config.parallel.zero_stage == 3)
 
 
 def _rehearsed(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from itertools import product
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -23,7 +22,7 @@ from collie_core.plan.extend import Trace, alike, extended
 from collie_core.plan.hardware import COMPUTE_SHARE, LINK_SHARE, MEMORY_SHARE, Hardware
 from collie_core.plan.layers import Layers, layers_of
 from collie_core.plan.plan import GPU_GRANULARITY, Place, Plan, Shape, make_plan
-from collie_core.plan.predict import RankTrace, trace_rank
+from collie_core.plan.predict import RankTrace, extended_peaks, trace_rank
 from collie_core.plan.remedy import Changes, Load
 from collie_core.plan.trace import Peak
 from collie_core.plan.work import Work, extended_work
@@ -150,10 +149,9 @@ class _Search:
         self.machines = machines
         self.config = load({})
         self.samples = self.config.batch_sizes(Shape.of(self.config, machines.gpus).dp).total
-        import_module("transformers.optimization")  # which all children would
         self.tokenizer: Any = build_tokenizer(self.config.tokenizer, self.config.model)
         self.tried = 0
-        self._warm: set[bool] = set()  # whether ZeRO was traced in this process, and whether anything else was
+        self._warm: set[tuple[bool, bool]] = set()  # with and without ZeRO and an adapter: traced in this process
         self._layers: dict[tuple[int, int], Layers | None] = {}
         self._configs: dict[Strategy, RunConfig] = {}
 
@@ -236,9 +234,9 @@ class _Search:
 
         Not where there are GPUs, since the threads that backward has for them do not survive a fork.
         """
-        zero = job.strategy.zero_stage > 0
-        if zero not in self._warm and not torch.cuda.is_available():
-            self._warm.add(zero)
+        kind = job.strategy.zero_stage > 0, job.config.adapter is not None
+        if kind not in self._warm and not torch.cuda.is_available():
+            self._warm.add(kind)
             with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):  # as in the children
                 _trace(*job.calls[0])
 
@@ -299,8 +297,7 @@ class _Job:
             return extended(Trace(1, whole.sections), Trace(2, whole.sections), 1), whole.steps
         low, high = traces
         size, (few, more) = self.of_stage[stage], self.depths
-        zero_3 = self.strategy.zero_stage == 3
-        peaks = extended(Trace(few, low.sections), Trace(more, high.sections), size, bounded=zero_3)
+        peaks = extended_peaks(self.config, low, high, self.depths, size)
         times = (size - few) / (more - few)
         first, second = (extended_work(*steps, times) for steps in zip(low.steps, high.steps, strict=True))
         return peaks, (first, second)
