@@ -10,8 +10,7 @@ DeepSpeed's of ZeRO.
 
     python benchmarks/memory_study.py [--sizes 3B,7B] [--write benchmarks/results/memory_study.md]
 
-`--write` draws it too, into a .svg beside the page. Every model is planned with two layers and with four: with each
-more, a phase of the step holds as many bytes more at its peak.
+`--write` draws it too, into a .svg beside the page.
 """
 
 from __future__ import annotations
@@ -48,7 +47,6 @@ from collie_core.plan.plan import make_plan
 
 GB = 1e9
 LENGTH, VOCABULARY = 2048, 32_000
-LAYERS = 2, 4  # that are traced
 # hidden size, intermediate size, layers, heads: OpenLLaMA 3B, and LLaMA 7B to 65B (arXiv 2302.13971, table 2)
 SHAPES = {
     "3B": (3200, 8640, 26, 32),
@@ -115,18 +113,10 @@ def shape_of(size: str) -> dict[str, Any]:
     }
 
 
-def planned(subject: Subject, size: str) -> float:
-    """Bytes at the peak: those of each phase grow by the same number with every layer."""
-    few, more = LAYERS
-    peaks = [peaks_with(subject, {**shape_of(size), "num_hidden_layers": layers}) for layers in LAYERS]
-    steps = (shape_of(size)["num_hidden_layers"] - few) / (more - few)
-    return max(float(low + (peaks[1][phase] - low) * steps) for phase, low in peaks[0].items())
-
-
-def peaks_with(subject: Subject, shape: dict[str, Any]) -> dict[str, int]:
-    """Bytes at the peak of each phase of a step."""
+def planned(subject: Subject, size: str) -> int:
+    """Bytes at the peak of a step."""
     with tempfile.TemporaryDirectory() as folder:  # an adapter wants a base model that lies somewhere
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        (Path(folder) / "config.json").write_text(json.dumps(shape_of(size)))
         sections: dict[str, Any] = {
             "model": {"model_name_or_path": folder, "dtype": "bfloat16", "gradient_checkpointing": "full"},
             "tokenizer": "byte",
@@ -135,8 +125,7 @@ def peaks_with(subject: Subject, shape: dict[str, Any]) -> dict[str, int]:
         }
         for name, value in subject.sections.items():
             sections[name] = sections.get(name, {}) | value if isinstance(value, dict) else value
-        prediction = make_plan(RunConfig(**sections), 1, gpu=True).largest.prediction
-        return {phase: peak.total for phase, peak in prediction.peaks.items()}
+        return make_plan(RunConfig(**sections), 1, gpu=True).largest.predicted
 
 
 def estimated(size: str) -> tuple[int, dict[str, float]]:
@@ -212,10 +201,14 @@ def draw(file: Path, billions: Sequence[float], rows: Sequence[Row]) -> None:
 def main() -> None:
     """Plan, print, and write the page if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default=",".join(SHAPES))
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--sizes", default=",".join(SHAPES), help="some of them (default: %(default)s)")
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="write the page and the plot too")
     args = parser.parse_args()
     sizes = args.sizes.split(",")
+    if unknown := [size for size in sizes if size not in SHAPES]:
+        parser.error(f"--sizes {args.sizes}: {unknown[0]!r} is none of {', '.join(SHAPES)}")
+    if args.write and not os.access(args.write.parent, os.W_OK):
+        parser.error(f"--write {args.write}: {args.write.parent} is no folder that may be written")
     began = time.perf_counter()
     quiet_libraries()
     warnings.filterwarnings("ignore")

@@ -143,7 +143,7 @@ def test_a_person_finds_the_same_numbers_everywhere(
 ) -> None:
     sections: Any = sections_on("dp1", model, instructions, tmp_path, steps=3, micro_batch=4)
     sections["data"]["eval"] = str(instructions)
-    sections["evaluation"] = {"steps": 1, "on_start": True, "best": {"metric": "eval/perplexity", "mode": "min"}}
+    sections["evaluation"] = {"steps": 1, "on_start": True, "best": {"metric": "eval/perplexity"}}
     sections["train"] |= {"monitors": ["host", "disk", "network"], "logging_steps": 3}
     sections |= {"report_to": ["csv", "tensorboard"], "optimizer": {"type": "adamw", "lr": 1e-3}}
     file, folder = tmp_path / "run.yaml", tmp_path / "run"

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from collie_core.api import CollieError, RunConfig, Trainer
 from collie_core.cli import main
+from collie_core.evaluate.run import better
 from collie_core.generate import answer_text, generate
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -450,6 +451,22 @@ def test_stops_streams_and_a_tokenizer_without_padding(plain: Any) -> None:
         assert generate(model, tokenizer, prompts, max_new_tokens=30) == whole
 
 
+def test_which_way_is_better_is_what_the_metrics_declare() -> None:
+    written = {"type": "generation", "name": "written", "metrics": ["rouge", "decode"]}
+    losses = {"type": "perplexity", "name": "long"}
+    config = RunConfig(
+        model={"model_name_or_path": "somewhere"},
+        data={"train": "rows.jsonl", "eval": "rows.jsonl"},
+        train={"max_steps": 1},
+        evaluation={"evaluators": ["perplexity", losses, written]},
+    )
+    found = [better(config.registry, section) for section in config.evaluation.evaluators]
+    assert found[0] == {"eval/loss": "min", "eval/perplexity": "min"}
+    assert found[1] == {"eval/long/loss": "min", "eval/long/perplexity": "min"}
+    assert found[2]["eval/written/rougeL"] == "max"
+    assert not any("decode" in name for name in found[2])  # longer answers are neither better nor worse
+
+
 def test_a_run_evaluates_when_it_is_told_to_and_keeps_each_time(
     tiny_llama: Path, instructions: Path, tmp_path: Path
 ) -> None:
@@ -467,6 +484,7 @@ def test_a_run_evaluates_when_it_is_told_to_and_keeps_each_time(
     results = trainer.train()
     assert {"eval/generation/bleu"} == {name for name in results if name.startswith("eval/")}
     assert trainer.run.facts["eval_samples"] == 3
+    assert trainer.run.facts["better"]["eval/generation/bleu"] == "max"
     assert "version" in trainer.details["eval/generation/bleu_signature"]
     names = sorted(path.name for path in (tmp_path / "run" / "predictions").iterdir())
     steps = ("00000004", "00000007", "00000008")

@@ -47,6 +47,20 @@ def follow(run: Run, values: list[float], **section: Any) -> list[int]:
     return kept
 
 
+def test_the_mode_is_that_of_the_metric_unless_it_is_said(run: Run) -> None:
+    run.facts["better"] = {"eval/x": "max"}
+    assert follow(run, [1.0, 2.0, 1.5], mode=None) == [1, 2]
+    run.best = {}
+    assert follow(run, [1.0, 2.0, 0.5], mode="min") == [1, 3]
+
+
+def test_a_metric_of_which_nobody_knows_what_is_better_needs_a_mode(run: Run) -> None:
+    with pytest.raises(
+        RunError, match=r"metric=eval/x: .* for eval/loss, eval/perplexity alone; set evaluation\.best\.mode"
+    ):
+        follow(run, [1.0], mode=None)
+
+
 @pytest.mark.parametrize(
     ("value", "on", "mode", "by", "expected"),
     [

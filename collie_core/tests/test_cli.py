@@ -311,7 +311,7 @@ def test_show(meteor: None, capsys: pytest.CaptureFixture[str]) -> None:
         "build meteor_pack:Meteor",
         "hint pip install meteor",
         "reads token_losses",
-        "higher_is_better False",
+        "higher_is_better None",
         "order = 4 Longest n-gram.",
         "reference required File of references.",
         "names = ...",
@@ -333,7 +333,7 @@ def test_everything_in_the_core_is_explained(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("argv", [["plugins", "show", "meteor", "--json"], ["plugins", "--json", "show", "meteor"]])
 def test_show_json(meteor: None, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     facts = _json(capsys, *argv)
-    assert facts["capabilities"] == {"reads": "token_losses", "higher_is_better": False}
+    assert facts["capabilities"] == {"reads": "token_losses", "higher_is_better": None}
     assert (facts["kind"], facts["distribution"], facts["version"]) == ("metric", "collie-words", "1.0")
     assert facts["fields"]["order"]["default"] == 4
     assert [name for name, field in facts["fields"].items() if field["required"]] == ["reference"]

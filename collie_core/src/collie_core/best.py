@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from collie_core.errors import RunError
 from collie_core.report.rundir import BEST, BEST_FACTS, write_json
 
 if TYPE_CHECKING:
-    from collie_core.config.evaluation import BestConfig
+    from collie_core.config.evaluation import BestConfig, Mode
     from collie_core.hookspecs import Run
 
-Mode = Literal["min", "max"]
 Export = Callable[[Path, Callable[[Path], None]], object]
 """(folder, what else to write into it) exports the model of the run there, whole or not at all. Collective."""
 
@@ -36,10 +35,14 @@ class BestModel:
         section: `evaluation.best`; None: nothing is kept.
         run: gets `best`, and is asked to stop when patience is at its end.
         export: how the model is written.
+
+    Raises:
+        RunError: nothing says which direction is better.
     """
 
     def __init__(self, section: BestConfig | None, run: Run, export: Export) -> None:
         self.section = section
+        self.mode: Mode = "min" if section is None else _mode_of(section, run)
         self.run = run
         self.export = export
         self._reference: float | None = None  # what the next evaluations have to beat, for patience
@@ -76,7 +79,7 @@ class BestModel:
         if section.metric not in results:
             return _unknown(section.metric, results), False, run.best, run.stop_reason
         value = float(results[section.metric])
-        improved = improves(value, run.best.get("value"), section.mode)
+        improved = improves(value, run.best.get("value"), self.mode)
         best = run.best
         if improved:
             best = {"step": run.step, "epoch": run.epoch, "metric": section.metric, "value": value}
@@ -84,7 +87,7 @@ class BestModel:
 
     def _out_of_patience(self, section: BestConfig, value: float, best: Mapping[str, Any]) -> str:
         """Why to stop; "" while there is patience. The base model before the first step counts as an evaluation."""
-        if improves(value, self._reference, section.mode, section.min_delta):
+        if improves(value, self._reference, self.mode, section.min_delta):
             self._reference, self._waited = value, 0
         else:
             self._waited += 1
@@ -94,6 +97,17 @@ class BestModel:
         evaluations = "one evaluation" if self._waited == 1 else f"{self._waited} evaluations"
         known = f"; the best, {best['value']:.6g}, was at step {best['step']}" if best else ""
         return f"{section.metric} did not improve for {evaluations}{known}"
+
+
+def _mode_of(section: BestConfig, run: Run) -> Mode:
+    known: Mapping[str, Mode] = run.facts.get("better", {})
+    mode = section.mode or known.get(section.metric)
+    if mode is None:
+        raise RunError(
+            f"evaluation.best.metric={section.metric}: whether less or more of it is better is known for "
+            f"{', '.join(known) or 'no result'} alone; set evaluation.best.mode to min or max"
+        )
+    return mode
 
 
 def _unknown(metric: str, results: Mapping[str, float]) -> str:

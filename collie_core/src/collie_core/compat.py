@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
 _SHM_BUILDERS = ("deepspeed_shm_comm", "shm_comm")
 
@@ -39,7 +42,7 @@ def deepspeed_start(local_rank: int) -> Iterator[None]:
     known = vars(deepspeed.ops).get("__compatible_ops__")
     deepspeed.ops.__compatible_ops__ = (known or {}) | dict.fromkeys(_SHM_BUILDERS, False)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     try:
         yield
     finally:
@@ -57,6 +60,24 @@ def forget_deepspeed_groups() -> None:
     """
     if "deepspeed" in sys.modules:
         import_module("deepspeed.utils.groups")._release_process_group_references()
+
+
+def forget_gather_order(engine: Any) -> None:
+    """Let ZeRO-3 of DeepSpeed (0.19) learn anew when it needs which weights: what it has seen was no training step.
+
+    It learns that from its first forward and what follows until the next. Without a backward among it, weights are let
+    go after the forward; and that answer stays in a cache when it sees a backward and learns anew. From then on every
+    step gathers its weights twice, the second time one by one.
+
+    Raises:
+        RuntimeError: DeepSpeed no longer has `param_coordinator` where it was.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if "param_coordinator" not in vars(offload):
+        raise RuntimeError("DeepSpeed changed DeepSpeedZeRoOffload; collie_core.compat needs an update")
+    offload.param_coordinator = copy.copy(offload.param_coordinator)  # which is part of the keys of the cache
+    if not offload.param_coordinator.is_invalid_trace():
+        offload.param_coordinator._invalidate_trace()
 
 
 @contextmanager
@@ -84,10 +105,14 @@ def transformers_without_values(*, packing: bool) -> Iterator[None]:
 
 
 @contextmanager
-def deepspeed_without_values() -> Iterator[None]:
+def deepspeed_without_values(device: torch.device, pinned: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let DeepSpeed (0.19) trust that other ranks hold the same numbers, and that the device has float16.
 
     Fake tensors have no numbers, and stand for those of any device.
+
+    Args:
+        device: what DeepSpeed is to take for the device of this process.
+        pinned: gives a copy in page-locked memory.
 
     Raises:
         RuntimeError: DeepSpeed no longer has `assert_ints_same_as_other_ranks` where it compares.
@@ -95,6 +120,14 @@ def deepspeed_without_values() -> Iterator[None]:
     from deepspeed.accelerator import get_accelerator
 
     accelerator = type(get_accelerator())
+    answers: dict[str, Any] = {
+        "is_fp16_supported": lambda self: True,
+        "device_name": lambda self, index=None: str(device),
+        "current_device_name": lambda self: str(device),
+        "device_count": lambda self: 1,  # on a CPU each question starts a process that looks for NUMA nodes
+        "on_accelerator": lambda self, tensor: tensor.device == device,
+        "pin_memory": lambda self, tensor, **how: pinned(tensor),
+    }
     name = "assert_ints_same_as_other_ranks"
     places = [
         import_module(f"deepspeed.runtime.zero.{module}")
@@ -102,16 +135,11 @@ def deepspeed_without_values() -> Iterator[None]:
     ]
     if not all(hasattr(place, name) for place in places):
         raise RuntimeError(f"DeepSpeed no longer has {name}; collie_core.compat needs an update")
-    kept, supported = [getattr(place, name) for place in places], accelerator.is_fp16_supported
-    for place in places:
-        setattr(place, name, lambda ints: None)
-    accelerator.is_fp16_supported = lambda self: True
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(patch.multiple(accelerator, **answers))
+        for place in places:
+            stack.enter_context(patch.object(place, name, lambda ints: None))
         yield
-    finally:
-        accelerator.is_fp16_supported = supported
-        for place, function in zip(places, kept, strict=True):
-            setattr(place, name, function)
 
 
 @contextmanager
@@ -145,6 +173,31 @@ def modules_convert_fake_tensors() -> Iterator[None]:
         yield
     finally:
         nn.Module._apply = apply  # type: ignore[method-assign]
+
+
+@contextmanager
+def fake_tensors_move() -> Iterator[None]:
+    """Let a fake tensor (torch 2.13) that is given other `data` lie where these do, as a real one does.
+
+    Raises:
+        RuntimeError: torch no longer keeps the device of a fake tensor beside it, or sees to its `data` itself.
+    """
+    from torch import Tensor
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if "data" in vars(FakeTensor) or "fake_device" not in FakeTensor.__new__.__code__.co_names:
+        raise RuntimeError("torch changed FakeTensor; collie_core.compat needs an update")
+    data: Any = Tensor.data
+
+    def move(self: Any, values: Tensor) -> None:
+        data.__set__(self, values)
+        self.fake_device = values.device
+
+    FakeTensor.data = property(data.__get__, move)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del FakeTensor.data
 
 
 _EXCHANGE = re.compile(r"_?(all|reduce|broadcast|gather|scatter|barrier)\w*|send|recv|_(start|end)_coalescing")

@@ -51,7 +51,7 @@ class OptimizerCan(Can):
 @dataclass(frozen=True)
 class MetricCan(Can):
     reads: str = "token_losses"  # or "token_ids", "texts", "choices": what `Metric.update` is given; see there
-    higher_is_better: bool = False
+    higher_is_better: bool | None = None  # all of its numbers; None: neither more nor less of them is
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ def processes_to_start(asked: int | None, parallel: ParallelConfig | None = None
     Raises:
         RunError: `asked` for processes or `restarts` where a launcher has started them.
     """
-    _adopt_slurm()
-    if "RANK" in os.environ:
+    if launched():
         if asked is not None and OURS not in os.environ:
             raise RunError(f"--nproc {asked}: a launcher has started the processes already; leave --nproc out")
         if restarts and OURS not in os.environ:
@@ -47,6 +46,12 @@ def processes_to_start(asked: int | None, parallel: ParallelConfig | None = None
     import torch
 
     return torch.cuda.device_count() or (1 if parallel is None else parallel.fewest_processes)
+
+
+def launched() -> bool:
+    """Whether torchrun, srun or one of ours has started this process as a rank of a run."""
+    _adopt_slurm()
+    return "RANK" in os.environ
 
 
 Agree = Callable[[Mapping[str, str]], None]

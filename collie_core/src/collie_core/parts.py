@@ -409,6 +409,7 @@ class Parts:
             micro_batch_size=self.micro_batch_size,
             data_parallel_size=self.topology.dp.size,
             max_grad_norm=self.config.train.max_grad_norm,
+            pin_memory=self.device != torch.device("cpu"),
             keeps_small_parameters=not self.optimizer_can.fuses_backward,
             overrides=self.config.deepspeed,
         )

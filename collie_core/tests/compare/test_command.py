@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from compared import FILE, rows_of, write_run
 
+from collie_core import launch
 from collie_core.cli import _quiet, main
 from collie_core.cli import compare as command
 from collie_core.compare import comparison
@@ -80,6 +81,9 @@ def test_refused_ones_are_none_unless_all_are(words: list[str]) -> None:
     ("more", "message"),
     [
         (["--cell-timeout", "0"], "--cell-timeout 0: must be above 0"),
+        (["--cell-timeout", "nan"], "--cell-timeout nan: must be above 0"),
+        (["--nproc", "0"], "--nproc 0: must be at least 1"),
+        (["--output", "/dev/null/x"], "/dev/null/x cannot be written"),
         (["--seeds", "x"], "--seeds x: 'x' must be a whole number"),
         (["--adapters", ""], "--adapters : '' is no name"),
         (["optimizer=sgd"], "say it by --optimizers"),
@@ -93,9 +97,10 @@ def test_mistakes_are_said_in_a_sentence(
     assert not Path(words[-1]).exists()
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_a_launcher_is_refused(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], launcher: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("RANK", "0") if launcher == "torchrun" else monkeypatch.setattr(launch, "launched", lambda: True)
     assert main(words) == 1
     assert "leave torchrun and srun out" in capsys.readouterr().err

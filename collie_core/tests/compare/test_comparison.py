@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -134,6 +135,23 @@ def test_what_stands_is_not_done_again(tmp_path: Path) -> None:
     assert statuses(made) == ["done"] * 4
 
 
+def test_a_run_that_somebody_has_deleted_is_made_again(tmp_path: Path) -> None:
+    made, _, _ = compare(tmp_path, ordinary)
+    shutil.rmtree(made.folder.run(made.grid.cells[1]))
+    assert statuses(made) == ["done", "missing", "done"]
+    _, told, _ = compare(tmp_path, ordinary)
+    assert told.lines == ["1/1 adamw, lr 0.0003, seed 2: done"]
+
+
+def test_a_log_that_cannot_be_opened_is_the_reason(tmp_path: Path) -> None:
+    words = asked(tmp_path, optimizers=["adamw"], seeds=SEEDS)
+    Folder(words.output).log(Grid.of(words).cells[1]).mkdir(parents=True)
+    made, _, finished = compare(tmp_path, ordinary)
+    assert finished
+    assert statuses(made) == ["done", "failed", "done"]
+    assert "IsADirectoryError" in result_of(made.folder, made.grid.cells[1])["reason"]
+
+
 def test_a_cell_goes_on_from_its_checkpoint_and_begins_again_without_one(tmp_path: Path) -> None:
     words = asked(tmp_path, optimizers=["adamw"], seeds=SEEDS)
     first, second, _ = Grid.of(words).cells
@@ -172,6 +190,22 @@ def test_a_run_that_left_by_itself_is_missing(tmp_path: Path) -> None:
     made, _, finished = compare(tmp_path, but(lambda: None))  # a scheduler's signal went to the run alone
     assert not finished
     assert statuses(made) == ["done", "missing", "missing"]
+
+
+def test_memory_is_measured_at_the_lowest_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[str] = []
+
+    def call(self: Comparison, function: Any, arguments: Any, log: Path, got: Any) -> Any:
+        asked_for.extend(text for text in arguments[1] if text.startswith("optimizer.lr="))
+        return comparison.Ending("done", 1)
+
+    monkeypatch.setattr(Comparison, "_call", call)
+    words = asked(tmp_path, optimizers=["adamw"], rates={"": [1e30, 1e-3]})
+    grid, own = Grid.of(words), Folder(words.output)
+    with own.taken(grid):
+        made = Comparison(words.config, grid, own, None, ordinary, progress=Told(), written=lambda: None)
+        made._memory(grid.pairs[0], [])
+    assert asked_for == ["optimizer.lr=0.001"] * 2
 
 
 def test_memory_that_cannot_be_found_has_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from compared import asked
 
-from collie_core.compare.folder import Folder
+from collie_core.compare.folder import Folder, read, write_whole
 from collie_core.compare.grid import Grid
 from collie_core.errors import RunError
 
@@ -42,6 +42,22 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
         pass
     with second.taken(grid):
         pass
+
+
+@pytest.mark.parametrize("place", ["/dev/null/compared", "/proc/compared"])
+def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(tmp_path: Path, place: str) -> None:
+    with pytest.raises(RunError, match=f"{place} cannot be written: .*name another --output"):
+        Folder(Path(place)).taken(Grid.of(asked(tmp_path))).__enter__()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_a_full_disk_is_said_in_a_sentence_and_what_stood_stands(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    write_whole(report, {"whole": True})
+    (tmp_path / ".report.json.new").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"report\.json cannot be written: No space left on device"):
+        write_whole(report, {"whole": False})
+    assert read(report) == {"whole": True}
 
 
 @pytest.mark.parametrize("is_file", [True, False])

@@ -82,6 +82,8 @@ def test_what_an_optimizer_refuses_is_refused_for_it_alone(tmp_path: Path) -> No
         (["optim=sgd"], {}, "say it by --optimizers"),
         ([], {"rates": {"lion": [1.0]}}, "lion is none of --optimizers"),
         ([], {"optimizers": ["adamv"]}, "Did you mean 'adamw'"),
+        ([], {"adapters": ["none", "lorra"]}, "unknown adapter 'lorra'"),
+        ([], {"optimizers": ["sgd", "collie-core:SGD"]}, "'collie-core:SGD' and 'sgd' are one optimizer"),
         (["train.max_steps=0"], {}, "train.max_steps"),
     ],
 )

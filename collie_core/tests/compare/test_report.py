@@ -14,6 +14,7 @@ from pages import Page
 
 from collie_core.compare.folder import Folder, write_whole
 from collie_core.compare.grid import Cell, Grid, Pair, Refusal
+from collie_core.compare.pictures import heading, title
 from collie_core.compare.report import as_html, as_text, write_reports
 from collie_core.compare.results import Results
 
@@ -115,8 +116,45 @@ def test_json_has_the_ranking_and_every_cell(written: tuple[Folder, Results]) ->
     assert [cell["status"] for cell in found["cells"]] == ["done"] * 7 + ["failed"]
     assert [cell["chosen"] for cell in found["cells"]] == [True, True, False, False] * 2
     assert found["refused"] == [
-        {"pair": {"optimizer": "lion", "adapter": "none"}, "lr": None, "reason": "lion is refused: <why>"}
+        {
+            "optimizer": "lion",
+            "adapter": "none",
+            "learning_rate": None,
+            "status": "refused",
+            "reason": "lion is refused: <why>",
+        }
     ]
+
+
+def test_numbers_are_the_same_everywhere_and_bytes_are_whole(written: tuple[Folder, Results]) -> None:
+    folder, _ = written
+    found = json.loads((folder.root / "report.json").read_text())
+    with (folder.root / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for cell, row in zip(found["cells"], rows, strict=False):
+        assert {name: "" if value is None else str(value) for name, value in cell.items()} == row
+    assert isinstance(found["cells"][0]["peak_memory_bytes"], int)
+    assert rows[4]["measured_peak_bytes"] == rows[7]["measured_peak_bytes"] == str(2**21)  # the last one failed
+    said = " ".join(page_of(folder)[1].texts)
+    for choice in found["ranking"]:
+        spread = choice["numbers"]["eval/loss"]
+        assert f"{spread['mean']:.3f} ± {spread['std']:.3f}" in said
+
+
+def test_the_best_of_a_column_is_marked_where_it_is_known(written: tuple[Folder, Results]) -> None:
+    html, _ = page_of(written[0])
+    best = re.findall(r'<td class="number bar best"[^>]*>(.*?)</td>', html)
+    assert best == [
+        "2.050 ± 0.071",
+        "2.050 ± 0.071",
+        "2 MiB",
+    ]  # speed and time are the same, one is predicted
+    assert json.loads((written[0].root / "report.json").read_text())["better"]["eval/loss"] == "min"
+
+
+def test_names_of_metrics_keep_their_letters() -> None:
+    assert title("eval/generation/rougeL") == "generation/rougeL"
+    assert (heading("eval/generation/rougeL"), heading("eval/loss")) == ("Generation/rougeL", "Evaluation loss")
 
 
 def test_csv_has_a_line_for_each_run(written: tuple[Folder, Results]) -> None:

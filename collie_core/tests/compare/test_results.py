@@ -78,8 +78,19 @@ def test_pairs_without_a_result_are_not_ranked(folder: Folder) -> None:
 def test_what_is_best_decides_where_the_file_says_it(folder: Folder) -> None:
     overrides = ["evaluation.best={metric: eval/bleu, mode: max}"]
     found = results(folder, {(ADAMW, 1e-3, 1): 1.0, (SGD, 1e-3, 1): 2.0}, overrides, "eval/bleu")
-    assert found.goal == Goal("eval/bleu", less=False)
+    assert found.goal == Goal("eval/bleu", "max")
     assert [choice.pair for choice in found.choices] == [SGD, ADAMW]
+
+
+def test_which_way_is_better_is_what_the_runs_knew(folder: Folder) -> None:
+    grid = grid_of(Grid.of(asked(folder.root.parent)), [ADAMW, SGD])
+    for cell in grid.cells:
+        write_cell(folder, cell, rows_of([2.0], [1.0]))
+        (folder.run(cell) / "summary.json").write_text('{"facts": {"better": {"eval/bleu": "max"}}}')
+    better = Results.read(folder, grid).better
+    assert better["eval/bleu"] == better["tokens_per_second"] == "max"
+    assert better["eval/loss"] == better["loss"] == better["peak_memory_bytes"] == "min"
+    assert "eval/other" not in better
 
 
 def test_without_evaluation_the_training_loss_decides(folder: Folder) -> None:
@@ -132,7 +143,9 @@ def test_a_mean_over_seeds_has_the_steps_that_all_of_them_have(folder: Folder) -
     np.testing.assert_allclose(course.std, [2**0.5, 2**0.5])
 
 
-def test_memory_belongs_to_the_pair(folder: Folder) -> None:
+def test_memory_belongs_to_the_pair_whatever_became_of_its_runs(folder: Folder) -> None:
+    write_whole(folder.memory(SGD), {"predicted_peak_bytes": 7})
+    assert results(folder, {(SGD, 1e-3, 1): None}).memory == {SGD: {"predicted_peak_bytes": 7}}
     write_whole(folder.memory(ADAMW), {"predicted_peak_bytes": 5, "measured_peak_bytes": 6})
     (choice,) = results(folder, {(ADAMW, 1e-3, 1): 1.0}).choices
     assert choice.memory["measured_peak_bytes"] == 6

@@ -65,7 +65,7 @@ def _only(text: str, *overrides: str) -> Problem:
             "evaluation.best.metric",
             "must be a result as metrics.jsonl",
         ),
-        ("evaluation: {best: {metric: eval/loss}}", "evaluation.best.mode", "is required"),
+        ("evaluation: {best: {mode: min}}", "evaluation.best.metric", "is required"),
         ("deepspeed: {a: .inf}", "deepspeed", "holds a number that is not finite: a"),
         ("evaluation: {evaluators: [5]}", "evaluation.evaluators.0", "must be a section with `type:`"),
         ("plugins: {block: [collie-core]}", "plugins.block", "cannot be blocked"),

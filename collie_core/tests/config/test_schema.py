@@ -103,7 +103,7 @@ def test_what_the_loader_takes_fits(schema: dict[str, Any], line: str) -> None:
         "optimizer: {type: nothing}",
         "data: {train: [{pth: b}]}",
         "evaluation: {evaluators: [{type: perplexity, x: 1}]}",
-        "evaluation: {best: {metric: eval/loss}}",
+        "evaluation: {best: {mode: min}}",
         "report_to: nowhere",
         "train: {monitors: [hosts]}",
     ],

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -85,6 +86,24 @@ def test_gpus_are_listed_with_what_keeps_them_from_work(nvidia_smi: None, monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert "may use 1 of 2" in [*devices._gpus()][-1].what
+
+
+@pytest.mark.parametrize(
+    ("script", "level", "says"),
+    [
+        ("echo 'NVIDIA GB10, [N/A], [N/A], 580.9'", "ok", "GPU 0: NVIDIA GB10, memory unknown, driver 580.9"),
+        ("sleep 9", "warning", "nvidia-smi does not answer within 0.2 s"),
+        ("echo 'Driver/library version mismatch'; exit 18", "warning", "exit code 18: Driver/library version mismatch"),
+        ("echo 'No devices were found'; exit 6", "ok", "no GPU"),
+    ],
+)
+def test_drivers_that_do_not_answer_as_they_should(
+    script: str, level: str, says: str, tmp_path: Path, nvidia_smi: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    monkeypatch.setattr(devices, "_PATIENCE_S", 0.2 if "sleep" in script else 20)
+    first = next(devices._gpus())
+    assert (first.level, says in first.what) == (level, True)
 
 
 def test_fewer_cores_than_there_are_threads_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +233,7 @@ def test_places_that_do_not_suit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"CUDA_LAUNCH_BLOCKING": "1"}, "warning", "unset CUDA_LAUNCH_BLOCKING"),
         ({"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}, "warning", "unset TORCH_DISTRIBUTED_DEBUG"),
         ({"HTTP_PROXY": "http://proxy:3128", "no_proxy": "example.org"}, "warning", "export no_proxy="),
+        ({"TMPDIR": "/proc"}, "warning", "make it a folder that may be written"),
     ],
 )
 def test_variables_that_are_traps(variables: dict[str, str], level: str, says: str) -> None:
@@ -228,6 +248,7 @@ def test_variables_that_are_none() -> None:
         "CUDA_LAUNCH_BLOCKING": "0",
         "http_proxy": "http://p:1",
         "no_proxy": "a,localhost",
+        "TMPDIR": f"{tempfile.gettempdir()}/",
     }
     assert [*environment._variables(harmless)] == []
 
@@ -276,6 +297,21 @@ def test_two_processes_must_train_as_one() -> None:
     assert smoke.compared(alone, Record([5.5, 5.4, 5.3 + 1e-7], [1.0, 1.0, 1.0])).level == "ok"
     other = smoke.compared(alone, Record([5.5, 5.4, 5.2], [1.0, 1.0, 1.0]))
     assert (other.level, "train otherwise than one" in other.what) == ("error", True)
+
+
+def test_a_machine_that_cannot_reach_itself_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "_train", lambda *_: pytest.fail("both would look for each other for minutes"))
+    monkeypatch.setattr(smoke, "HERE", "203.0.113.1")  # an address that nobody has (RFC 5737)
+    (found,) = smoke.check()
+    assert (found.level, "cannot reach itself at 203.0.113.1" in found.what) == ("error", True)
+
+
+def test_a_run_that_a_signal_has_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smoke, "record", lambda config, folder: (folder / "rank-00000.json").write_text(EMPTY))
+    monkeypatch.setattr(smoke.starter, "start", lambda *_: 143)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    (found,) = smoke.check()
+    assert (found.level, found.what) == ("error", "the smoke run fails: a signal ended it before it was done")
 
 
 def test_a_run_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +363,23 @@ def test_an_error_fails_and_json_has_everything(sections: Any, capsys: pytest.Ca
     said = json.loads(capsys.readouterr().out)
     assert (said["fit"], said["errors"], said["warnings"]) == (False, 1, 1)
     assert said["findings"]["first"][1] == {"level": "error", "what": "broken", "way_out": "mend it"}
+
+
+def test_a_check_that_cannot_go_on_is_an_error_and_the_others_follow(
+    sections: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check() -> Iterator[Finding]:
+        yield ok("fine")
+        raise FileNotFoundError("No usable temporary directory")
+
+    monkeypatch.setattr(sys.modules["made_first"], "check", check)
+    monkeypatch.setitem(verb.SECTIONS, "third", "no_such_module")
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [one["level"] for one in found["first"]] == ["ok", "error"]
+    assert found["first"][1]["what"] == "this cannot be examined: FileNotFoundError: No usable temporary directory"
+    assert found["second"] == [{"level": "warning", "what": "slow", "way_out": "buy a faster one"}]
+    assert "no_such_module" in found["third"][0]["what"]
 
 
 def test_the_smoke_run_is_part_of_it() -> None:

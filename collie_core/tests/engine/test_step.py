@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +56,9 @@ def torch_step(dtype: torch.dtype = torch.float32) -> TorchStep:
     return TorchStep(model, optimizer, scheduler, topology=Topology(), dtype=dtype, max_grad_norm=CLIP)
 
 
-def deepspeed_step(stage: int, dtype: torch.dtype = torch.float32, **offload: bool) -> Step:
+def deepspeed_step(
+    stage: int, dtype: torch.dtype = torch.float32, overrides: Mapping[str, Any] | None = None, **offload: bool
+) -> Step:
     from collie_core.engine.deepspeed_step import DeepSpeedStep
 
     model = make_model()
@@ -66,7 +70,7 @@ def deepspeed_step(stage: int, dtype: torch.dtype = torch.float32, **offload: bo
         micro_batch_size=2,
         data_parallel_size=1,
         max_grad_norm=CLIP,
-        overrides={},
+        overrides=overrides or {},
     )
     return DeepSpeedStep(model, optimizer, scheduler, config=config, topology=Topology())
 
@@ -108,6 +112,36 @@ def test_deepspeed_step_equals_a_hand_written_loop(stage: int, offload: dict[str
     assert state.keys() == weights.keys()
     for name, value in state.items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bent", [True, False])
+def test_zero_3_gathers_once_a_step_whatever_was_before(bent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When this fails without the bend, DeepSpeed no longer remembers releases: remove `forget_gather_order`."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra of collie-core and is not installed")
+    from collie_core.engine import deepspeed_step as module
+
+    if not bent:
+        monkeypatch.setattr(module, "forget_gather_order", lambda engine: None)
+    step: Any = deepspeed_step(3, overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+    batch = make_batches()[0]
+    with torch.no_grad():
+        step.model(batch.micro_batches[0].input_ids)
+    whole: list[bool] = []
+
+    @contextmanager
+    def note(batch: Batch) -> Iterator[None]:
+        """Entered before each forward and each backward."""
+        whole.append(all(value.ds_status.name == "AVAILABLE" for value in step.model.parameters()))
+        yield
+
+    step.around = note
+    for _ in range(4):
+        whole.clear()
+        step.forward_backward(batch, batch.target_tokens)
+        step.update()
+    assert step.head._is_last
+    assert whole == [False, bent] * len(batch.micro_batches)
 
 
 @pytest.mark.filterwarnings("ignore")

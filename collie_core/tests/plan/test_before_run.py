@@ -124,13 +124,25 @@ def test_two_ranks_of_one_machine_need_it_together(run_file: Path, monkeypatch: 
 
 
 def test_a_run_that_cannot_be_planned_starts_all_the_same(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offloaded = changed(RunConfig.from_yaml(run_file), {"parallel.zero_stage": 2, "parallel.offload_optimizer": "true"})
-    (callback,) = plan_before_run(offloaded, force=False)
-    assert callback.sentence.startswith("not planned: parallel.offload_optimizer=true cannot be planned")
+    refused = RunError("of no known kind")
+    monkeypatch.setattr(before_run, "make_plan", raising(refused))
+    (callback,) = plan_before_run(RunConfig.from_yaml(run_file), force=False)
+    assert (callback.sentence, callback.plan) == ("not planned: of no known kind", {})
     crash = RuntimeError("in a process of the plan:\nTraceback ...\nZeroDivisionError: no")
     monkeypatch.setattr(before_run, "make_plan", raising(crash))
     (callback,) = plan_before_run(RunConfig.from_yaml(run_file), force=False)
     assert (callback.sentence, callback.plan) == ("not planned: ZeroDivisionError: no", {})
+
+
+def test_what_is_offloaded_needs_main_memory(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offloaded = changed(RunConfig.from_yaml(run_file), {"parallel.zero_stage": 2, "parallel.offload_optimizer": "true"})
+    give(monkeypatch, Room(80 * GIB, 1, "NVIDIA", Room(GIB, 1)))
+    (callback,) = plan_before_run(offloaded, force=False)
+    assert callback.sentence.endswith("of 1.00 GiB of main memory for what is offloaded")
+    assert callback.plan["ranks"][0]["predicted_host_peak_bytes"] > 100_000
+    give(monkeypatch, Room(80 * GIB, 1, "NVIDIA", Room(1024, 1)))
+    with pytest.raises(RunError, match="more than the 1 KiB of main memory that are free"):
+        plan_before_run(offloaded, force=False)
 
 
 def test_the_others_wait_for_the_plan_of_the_main_rank(monkeypatch: pytest.MonkeyPatch) -> None:

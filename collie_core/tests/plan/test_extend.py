@@ -42,7 +42,7 @@ def section(*steps: tuple[str, int]) -> Section:
     """In which each operation holds so many bytes of activations."""
     held = np.zeros((len(steps), len(COMPONENTS)), np.int64)
     held[:, COMPONENTS.index("activations")] = [nbytes for _, nbytes in steps]
-    return Section("forward", tuple((name, frozenset()) for name, _ in steps), held)
+    return Section("forward", tuple((name, frozenset()) for name, _ in steps), {"device": held, "host": 2 * held})
 
 
 def forward(layers: int) -> Section:
@@ -54,6 +54,7 @@ def forward(layers: int) -> Section:
 def test_what_grows_with_the_layers_grows_on() -> None:
     peaks = extended(Trace(2, [forward(2)]), Trace(3, [forward(3)]), 40)
     assert peaks["forward"].total == 500
+    assert extended(Trace(2, [forward(2)]), Trace(3, [forward(3)]), 40, "host")["forward"].total == 1000
 
 
 def test_the_operation_of_the_peak_may_be_another_one_in_a_deep_model() -> None:
@@ -93,16 +94,20 @@ def test_few_layers_say_what_many_hold_and_do(changes: dict[str, Any], processes
     assert layers is not None
     assert sum(layers.of_stage) == MANY
     each = layers.of_stage[0]
-    low, high, whole = each_in_child(trace_rank, [(config, 0, processes, 512, depth) for depth in (2, 3, None)])
+    low, high, whole = each_in_child(traced, [(config, processes, depth) for depth in (2, 3, None)])
     assert isinstance(whole, RankTrace)
     found = extended(Trace(2, low.sections), Trace(3, high.sections), each, bounded=config.parallel.zero_stage == 3)
     for phase, peak in found.items():
-        most = max(int(part.held.sum(1).max()) for part in whole.sections if part.phase == phase)
+        most = max(int(part.held["device"].sum(1).max()) for part in whole.sections if part.phase == phase)
         assert peak.total == pytest.approx(most, rel=0.005)
     work = extended_work(low.steps[1], high.steps[1], each - 2)
     assert work.flops == whole.steps[1].flops > 0
     for ranks, nbytes in whole.steps[1].sent.items():
         assert work.sent[ranks] == pytest.approx(nbytes, rel=0.02)
+
+
+def traced(config: RunConfig, processes: int, depth: int | None) -> RankTrace:
+    return trace_rank(config, 0, processes, depth, gpu=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -112,21 +117,22 @@ def test_a_plan_of_many_layers_is_that_of_the_whole_model(parallel: dict[str, An
     read = make_plan(config, processes, gpu=True).largest.prediction
     (whole,) = each_in_child(whole_rank, [(config, processes)])
     assert read.layers == (2, 3)
-    assert {phase: peak.total for phase, peak in read.peaks.items()} == whole
+    assert {phase: peak.total for phase, peak in read.peaks["device"].items()} == whole
 
 
 def whole_rank(config: RunConfig, processes: int) -> dict[str, int]:
-    found = predict_rank(config, 0, processes, granularity=512)
-    return {phase: peak.total for phase, peak in found.peaks.items()}
+    found = predict_rank(config, 0, processes, gpu=True)
+    return {phase: peak.total for phase, peak in found.peaks["device"].items()}
 
 
 def test_buckets_of_gradients_say_how_many_layers_stand_for_all() -> None:
     def depths(parameters: int, **parallel: Any) -> tuple[int, int] | None:
-        return Layers((40,), parameters).depths(run(parallel=parallel))
+        return Layers((40,), parameters, 0).depths(run(parallel=parallel), 8)
 
     assert depths(200_000_000) == (2, 3)
     assert depths(200_000_000, zero_stage=3) == (9, 10)  # 1.5e9 gathered or in the bucket
     assert depths(50_000_000, zero_stage=3) is None  # 32 of 40: as well all
+    assert depths(300_000_000, zero_stage=3) is None  # 1.5e9 on each rank are two groups of the optimizer
     assert depths(200_000_000, zero_stage=1) == (4, 9)  # five layers fill two buckets
     assert depths(250_000_000, zero_stage=2) == (3, 5)
 
@@ -141,8 +147,8 @@ def test_a_trace_does_not_depend_on_those_before_it_in_its_process(zero: int) ->
 
 def two_traces(config: RunConfig) -> list[list[tuple[str, int]]]:
     """Phases and peaks, twice."""
-    traces = [trace_rank(config, 0, 2 if config.parallel.zero_stage else 1, 512, 2) for _ in range(2)]
-    return [[(part.phase, int(part.held.sum(1).max())) for part in trace.sections] for trace in traces]
+    traces = [traced(config, 2 if config.parallel.zero_stage else 1, 2) for _ in range(2)]
+    return [[(part.phase, int(part.held["device"].sum(1).max())) for part in trace.sections] for trace in traces]
 
 
 def test_layers_that_differ_do_not_stand_for_each_other() -> None:

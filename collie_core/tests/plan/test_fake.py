@@ -7,17 +7,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from collie_core.compat import modules_convert_fake_tensors, transformers_without_values
-from collie_core.plan.fake import Answers, QuickFakeTensors
+from collie_core.compat import fake_tensors_move, modules_convert_fake_tensors, transformers_without_values
+from collie_core.plan.fake import GPU, QuickFakeTensors
 from collie_core.plan.trace import MemoryTrace
 
 
-def answers() -> Answers:
-    return Answers()
-
-
 def test_numbers_are_finite_and_nothing_overflows() -> None:
-    with FakeTensorMode(), answers():
+    with QuickFakeTensors():
         norm = torch.randn(8).norm()
         assert bool(norm.isfinite())
         assert not bool(torch.isfinite(norm).logical_not())
@@ -26,7 +22,7 @@ def test_numbers_are_finite_and_nothing_overflows() -> None:
 
 
 def test_counts_of_steps_are_true() -> None:
-    with FakeTensorMode(), answers():
+    with QuickFakeTensors():
         step = torch.zeros(())
         step += 1
         step.add_(1)
@@ -34,7 +30,7 @@ def test_counts_of_steps_are_true() -> None:
 
 
 def test_every_token_is_a_target() -> None:
-    with FakeTensorMode(), answers():
+    with QuickFakeTensors():
         rows, places = torch.ones(3, 5, dtype=torch.bool).nonzero(as_tuple=True)
         assert rows.shape == places.shape == (15,)
 
@@ -75,19 +71,35 @@ def test_what_is_remembered_of_operations_is_what_they_give() -> None:
             assert weight.grad is not None
             shares = weight.grad.view(-1).narrow(0, 8, 8).chunk(2)
             found += [mixed, weight.grad.add_(1), *shares, weight.to(torch.bfloat16), torch.sort(mixed)[1]]
+            found += [torch.neg(shares[0], out=torch.empty_like(shares[0]))]
             weight.grad.resize_(2)
             found += [weight.grad]
         return [
             (one.shape, one.stride(), one.storage_offset(), one.dtype, one.untyped_storage().nbytes()) for one in found
         ]
 
-    given, peaks = [], []
-    for kind in (FakeTensorMode, QuickFakeTensors):
-        with kind(), MemoryTrace() as trace:
-            given.append(work())
-        peaks.append(trace.peaks())
-    assert given[0] == given[1]
-    assert peaks[0] == peaks[1]
+    slow, quick = MemoryTrace(), MemoryTrace()
+    with FakeTensorMode(), slow:
+        given = work()
+    with QuickFakeTensors(quick):
+        assert work() == given
+    assert quick.peaks() == slow.peaks()
+
+
+def test_tensors_of_a_gpu_and_of_the_host_do_not_mix() -> None:
+    with QuickFakeTensors(), fake_tensors_move():
+        there, here = torch.ones(2, device=GPU), torch.ones(2)
+        assert (there * 2.0).device == there.to(torch.bfloat16).view(1, 2).device == GPU
+        assert (there + torch.zeros(())).device == GPU
+        assert there.cpu().device == here.device
+        with pytest.raises(RuntimeError, match="two devices, cpu:0 and cpu"):
+            there + here
+        weight = nn.Parameter(here)
+        weight.data = weight.data.to(GPU)
+        (weight * there).sum().backward()
+        assert weight.device == (weight + there).device == GPU
+        assert weight.grad is not None
+        assert weight.grad.device == GPU
 
 
 def test_numbers_of_other_kinds_are_other_operations() -> None:

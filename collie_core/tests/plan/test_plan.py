@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from collie_core.cli import main
 from collie_core.config.run import RunConfig
-from collie_core.errors import CollieError, RunError
+from collie_core.errors import RunError
 from collie_core.plan.children import each_in_child
 from collie_core.plan.plan import Place, Shape, _alike, make_plan
-from collie_core.plan.predict import RankPrediction, predict_rank
+from collie_core.plan.predict import RankPrediction
 from collie_core.plan.rehearse import RehearsedParts
 from collie_core.plan.show import bytes_text, parse_bytes, remedy_text
 from collie_core.plan.trace import Peak
@@ -40,7 +40,8 @@ def sections(**changes: Any) -> dict[str, Any]:
 
 
 def prediction(nbytes: int, twins: tuple[int, ...] = (0,)) -> RankPrediction:
-    return RankPrediction({"forward": Peak({"weights": nbytes}, "forward")}, twins)
+    peaks = {"forward": Peak({"weights": nbytes}, "forward")}
+    return RankPrediction({"device": peaks, "host": peaks}, twins)
 
 
 def test_amounts_of_memory_are_read_and_written() -> None:
@@ -89,16 +90,41 @@ def test_children_answer_in_order_and_tell_their_errors() -> None:
         each_in_child(echo, [(1,), (-1,)])
 
 
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed calls collectives that torch deprecates
 @pytest.mark.parametrize(
-    ("parallel", "said"),
+    ("offload", "on_device", "on_host"),
     [
-        ({"zero_stage": 2, "offload_optimizer": True}, "parallel.offload_optimizer=true cannot be planned"),
-        ({"zero_stage": 3, "offload_param": True}, "parallel.offload_param=true cannot be planned"),
+        ({"zero_stage": 2, "offload_optimizer": True}, {"weights"}, {"gradients", "optimizer state"}),
+        ({"zero_stage": 3, "offload_param": True}, {"optimizer state", "gradients"}, {"weights"}),
+        (
+            {"zero_stage": 3, "offload_optimizer": True, "offload_param": True},
+            set(),
+            {"weights", "gradients", "optimizer state"},
+        ),
     ],
+    ids=["optimizer", "parameters", "both"],
 )
-def test_what_lies_in_host_memory_is_refused(parallel: dict[str, Any], said: str) -> None:
-    with pytest.raises(CollieError, match=said):
-        predict_rank(RunConfig(**sections(parallel=parallel)), 0, 2)
+def test_what_is_offloaded_lies_in_host_memory(offload: dict[str, Any], on_device: set[str], on_host: set[str]) -> None:
+    settings = {"parallel": offload, "model": {"config": LLAMA, "dtype": "bfloat16"}}
+    config = RunConfig(**sections(**settings))
+    without = RunConfig(**sections(**settings | {"parallel": {"zero_stage": offload["zero_stage"]}}))
+    plan, all_there = (make_plan(one, 2, gpu=True) for one in (config, without))
+    assert plan.offloads
+    assert not all_there.offloads
+    assert plan.largest.predicted < all_there.largest.predicted
+    held, lent = (peaks["update"].components for peaks in plan.largest.prediction.peaks.values())
+    kept = all_there.largest.prediction.peaks["device"]["update"].components
+    share = kept["weights"] // (2 if offload["zero_stage"] == 2 else 1)  # of the model, in two bytes a parameter
+    for name in ("weights", "gradients", "optimizer state"):
+        # Parameters with fewer than 100,000 entries stand whole on the device while a step goes on.
+        assert (held[name] > share / 2) == (name in on_device) or (name, offload["zero_stage"]) == ("weights", 3)
+        assert (lent[name] >= share / 2) == (name in on_host)
+    if "optimizer state" in on_host:  # a copy of the weights and two moments, in float32
+        assert lent["optimizer state"] == pytest.approx(6 * share, rel=0.05)
+    beside = make_plan(config, 2, gpu=False)
+    assert not beside.offloads
+    assert beside.largest.predicted > plan.largest.predicted
+    assert set(beside.host.values()) == {0}
 
 
 def test_the_command_needs_no_weights_and_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +154,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureF
         (["--gpu-memory", "lots"], "'lots' is no amount of memory"),
         (["--gpus", "1", "--measure"], "has no GPU"),
         (["--nproc", "3", "parallel.tensor_parallel_size=2"], "plan for 2 or a multiple"),
+        (["--gpus", "3", "--nodes", "2"], "--nodes 2: 3 GPUs cannot stand in so many machines alike"),
+        (["--host-memory", "1GiB"], "--host-memory needs --gpu-memory"),
     ):
         assert main(["plan", str(path), *arguments]) == 1
         assert said in capsys.readouterr().err
@@ -150,6 +178,24 @@ def test_what_would_make_it_fit_is_told(tmp_path: Path, capsys: pytest.CaptureFi
     code, found = plan("1KiB")
     assert (code, found["would_fit_with"]) == (1, None)
     assert "plan for more" in remedy_text(None, 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_offloaded_must_fit_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    llama = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    small = {"reduce_bucket_size": 1000}
+    settings = {"model": {"config": llama}, "parallel": {"zero_stage": 2}, "deepspeed": {"zero_optimization": small}}
+    path.write_text(json.dumps(sections(**settings)))
+    assert main(["plan", str(path), "--gpu-memory", "5MiB", "--gpus", "1", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["would_fit_with"]
+    assert found[-1] == "parallel.offload_optimizer=true"
+    assert main(["plan", str(path), "--gpu-memory", "5MiB", "--gpus", "1", *found]) == 0
+    said = capsys.readouterr().out
+    assert "in host memory" in said
+    assert "fits: rank 0 would leave" in said
+    assert main(["plan", str(path), "--gpu-memory", "5MiB", "--gpus", "1", "--host-memory", "1MiB", *found]) == 1
+    assert "does NOT fit: a machine's ranks would need" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stages", [1, 2])

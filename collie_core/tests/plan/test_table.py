@@ -61,6 +61,7 @@ def test_strategies_that_fit_are_ranked(path: Path, capsys: pytest.CaptureFixtur
     assert speeds == sorted(speeds, reverse=True)
     # Two tensor-parallel ranks, or data-parallel ones without and with ZeRO; one layer makes no two stages.
     assert len({tuple(one["overrides"][:4]) for one in found}) == 3
+    assert {one["predicted_host_peak_bytes"] for one in found} == {0}
     assert len(found) == table["strategies_tried"] == 6
     assert all(0 < one["predicted_peak_bytes"] <= table["gpu_memory_bytes"] for one in found)
     plan = table["plan_of_first"]
@@ -68,11 +69,25 @@ def test_strategies_that_fit_are_ranked(path: Path, capsys: pytest.CaptureFixtur
     assert max(rank["predicted_peak_bytes"] for rank in plan["ranks"]) == found[0]["predicted_peak_bytes"]
     arguments = ["--table", "--gpus", "1", "--gpu-memory", "1KiB", "train.gradient_accumulation_steps=1"]
     assert main(["plan", str(path), *arguments]) == 1
-    assert "none of 1 strategies fits on 1 h100" in capsys.readouterr().out
+    assert "none of 5 strategies fits on 1 h100" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_fits_only_with_offload_is_found_so(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = "model.config.hidden_size=256"
+    arguments = ["plan", str(path), "--table", "--gpus", "1", "--gpu-memory", "4MiB", wide, "data.max_length=16"]
+    arguments += ["deepspeed.zero_optimization.reduce_bucket_size=1000", "parallel.zero_stage=2"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "offload" in said.splitlines()[2]
+    assert "parallel.offload_optimizer=true" in said
+    assert "what is offloaded moved at 70% of 64 GB/s" in said
+    assert main([*arguments, "--json", "--host-memory", "1MiB"]) == 1
+    assert json.loads(capsys.readouterr().out)["strategies"] == []
 
 
 def test_a_table_is_for_a_number_of_gpus(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(path), "--table"]) == 1
     assert "--table needs --gpus" in capsys.readouterr().err
     assert main(["plan", str(path), "--table", "--gpus", "3", "--nodes", "2"]) == 1
-    assert "3 GPUs cannot stand in so many alike" in capsys.readouterr().err
+    assert "3 GPUs cannot stand in so many machines alike" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from collie_core.plan.fake import GPU, QuickFakeTensors
 from collie_core.plan.trace import MemoryTrace
 
 KIB = 1024
@@ -34,6 +35,17 @@ def test_peaks_count_from_the_beginning_with_what_stood_before() -> None:
     assert trace.peaks()["forward"].total == 2 * KIB
     assert "setup" not in trace.peaks()
     assert made.sum() == KIB // 4
+
+
+def test_what_is_not_on_the_device_is_in_host_memory() -> None:
+    trace = MemoryTrace(512, GPU, rounds_pinned=True)
+    with QuickFakeTensors(trace):
+        trace.mark([torch.empty(100, device=GPU)], "weights")
+        kept = torch.empty(3 * KIB, dtype=torch.uint8)
+        kept = trace.pinned(kept)
+    assert trace.peaks()["setup"].components["weights"] == 512
+    assert trace.peaks("host")["setup"].total == 3 * KIB + 4 * KIB  # pinned memory is a power of two
+    del kept
 
 
 def test_sizes_are_rounded_up_to_the_granularity() -> None:

@@ -39,6 +39,19 @@ def test_writes_what_ran(tmp_path: Path) -> None:
     assert json.loads((folder / "environment.json").read_text())["packages"]["collie-core"]
 
 
+def test_packages_are_those_that_python_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, number in (("first", "2.0"), ("second", "1.0")):
+        folder = tmp_path / place / f"acme_words-{number}.dist-info"
+        folder.mkdir(parents=True)
+        text = f"Metadata-Version: 2.1\nName: Acme.words\nVersion: {number}\n\nName: readme\nVersion: 9\n"
+        (folder / "METADATA").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    found = environment()["packages"]
+    assert found["Acme.words"] == "2.0"
+    assert "readme" not in found
+    assert list(found) == sorted(found, key=str.lower)
+
+
 def test_checking_changes_nothing(tmp_path: Path) -> None:
     refuse_used_directory(config_for(tmp_path / "new"))
     assert not list(tmp_path.iterdir())

@@ -33,6 +33,7 @@ FACTS = {
     "train_samples": 2000,
     "train_tokens": 91_402,
     "eval_samples": 100,
+    "better": {"eval/loss": "min", "eval/perplexity": "min"},
     "data_notes": ["3 samples were longer than 128 tokens and truncated"],
     "plugins": ["llama (collie-llama 0.1.0)"],
     "sample": [("Spell [red]cat[/red].", False), ("c-a-t", True)],

@@ -22,6 +22,8 @@ logger = logging.getLogger("collie")
 Row = tuple[Tensor, ...]
 """(param, grad, *state): tensors of one shape. The update writes to all but the gradient."""
 
+CPU = torch.device("cpu")
+"""Not by its type: where a plan stands for a GPU, its fake tensors are on another device of that type."""
 CACHE_BLOCK = 2**17
 """Elements: four such blocks of float32 are 2 MiB, about a core's cache. Half or twice as many is no faster."""
 GPU_BUNDLE = 2**24
@@ -110,14 +112,14 @@ def _function(update: Callable[..., None]) -> Callable[..., None]:
 
 def entries_at_a_time(device: torch.device, on_cpu: int = CACHE_BLOCK) -> int:
     """How large the blocks of an update are: on a GPU so large that launches do not count."""
-    return on_cpu if device.type == "cpu" else GPU_BUNDLE
+    return on_cpu if device == CPU else GPU_BUNDLE
 
 
 # -- eager --------------------------------------------------------------------------------------------------
 
 
 def _eager(update: Update, rows: Sequence[Row], coefficients: Mapping[str, float]) -> None:
-    if all(row[0].device.type == "cpu" for row in rows):
+    if all(row[0].device == CPU for row in rows):
         for block in blocks(rows, CACHE_BLOCK):
             update.one(*block, **coefficients)
     else:

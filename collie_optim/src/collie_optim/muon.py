@@ -26,6 +26,7 @@ from torch.optim.adamw import adamw
 
 from collie_core.api import Whole, whole_of
 from collie_optim.fused import require_at_least_0
+from collie_optim.kernels import CPU
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # chosen by Jordan for a steep slope at 0
 
@@ -71,7 +72,7 @@ def _scale(name: str, rows: int, cols: int) -> float:
 
 def _precision(name: str, param: Tensor) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if param.device.type == "cuda" else torch.promote_types(param.dtype, torch.float32)
+        return torch.bfloat16 if param.device != CPU else torch.promote_types(param.dtype, torch.float32)
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 

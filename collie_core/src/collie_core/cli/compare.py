@@ -51,12 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 1 when a run failed, or none has come to an end."""
+    from collie_core import launch
     from collie_core.compare.folder import Folder
     from collie_core.compare.grid import Grid
 
-    if "RANK" in os.environ:
+    if launch.launched():
         raise RunError("collie compare starts the processes of its runs itself: leave torchrun and srun out")
-    if args.cell_timeout is not None and args.cell_timeout <= 0:
+    if args.nproc is not None:
+        launch.processes_to_start(args.nproc)  # refuses what every run would
+    if args.cell_timeout is not None and not args.cell_timeout > 0:  # nor NaN
         raise RunError(f"--cell-timeout {args.cell_timeout:g}: must be above 0")
     notes: list[str] = []
     grid = Grid.of(_asked(args), notes=notes)
@@ -88,6 +91,7 @@ def _compare(args: argparse.Namespace, grid: Grid, folder: Folder) -> int:
     from collie_core.compare.progress import make_progress
     from collie_core.compare.report import as_text, outcome, write_reports
     from collie_core.compare.results import Results
+    from collie_core.report.rundir import REPORT
 
     def report() -> Results:
         results = Results.read(folder, grid)
@@ -111,7 +115,8 @@ def _compare(args: argparse.Namespace, grid: Grid, folder: Folder) -> int:
     with signals() as got, progress:
         finished = comparison.run(got)
     results = report()
-    print(f"\n{as_text(results)}\n\n{outcome(results)}\nreport    {folder.root / 'report.html'}")
+    told = "\n\n".join(filter(None, (as_text(results), outcome(results))))
+    print(f"\n{told}\nreport    {folder.root / REPORT}")
     if not finished:
         print(f"{got[0].name if got else 'a signal to a run'} came: the same command goes on", file=sys.stderr)
         return 128 + got[0] if got else 1  # as a shell has it

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -30,16 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 when nothing is an error; the smoke run on two processes is one that passed then."""
-    from collie_core.cli._quiet import quiet_libraries
-
-    quiet_libraries()
     found: dict[str, list[Finding]] = {}
-    for section, module in SECTIONS.items():
-        check: Callable[[], Iterator[Finding]] = import_module(module).check
+    for section in SECTIONS:
         found[section] = []
         if not args.json:
             print(section, flush=True)
-        for finding in check():
+        for finding in _findings(section):
             found[section].append(finding)
             if not args.json:
                 print(_text(finding), flush=True)
@@ -53,6 +51,23 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"\n{_verdict(errors, warnings)}")
     return 1 if errors else 0
+
+
+def _findings(section: str) -> Iterator[Finding]:
+    """Of a section. A machine may be broken in any way: a check that ends by it is a finding, and the others follow."""
+    from collie_core.cli._quiet import quiet_libraries
+    from collie_core.doctor.finding import error
+    from collie_core.watch import reason_of
+
+    try:
+        if section == "plugins":  # from here on libraries are imported that would talk
+            quiet_libraries()
+        check: Callable[[], Iterator[Finding]] = import_module(SECTIONS[section]).check
+        yield from check()
+    except Exception as failure:  # noqa: BLE001
+        if os.environ.get("COLLIE_TRACEBACK", "0") not in ("", "0"):
+            traceback.print_exc()
+        yield error(f"this cannot be examined: {reason_of(failure)}", "COLLIE_TRACEBACK=1 shows where it stopped")
 
 
 def _text(finding: Finding) -> str:

@@ -28,9 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory", metavar="SIZE", help="say whether the run fits into GPUs of this memory, as in 80GiB"
     )
     parser.add_argument(
+        "--host-memory", metavar="SIZE", help="memory of a machine, for what its GPUs offload (default: enough)"
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="the GPUs stand in N machines (default: 1)")
+    parser.add_argument(
         "--table", action="store_true", help="rank the strategies that would fit on --gpus by their speed"
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="of --table: the GPUs stand in N machines")
     parser.add_argument(
         "--hardware", default="h100", metavar="NAME", help="of --table: a100, h100, h200 or l40s (default: h100)"
     )
@@ -49,36 +52,43 @@ def run(args: argparse.Namespace) -> int:
 
     if args.record:
         return _measure_here(args)
-    memory = None if args.gpu_memory is None else parse_bytes(args.gpu_memory)
-    if args.table and (args.gpus is None or args.nodes < 1):
-        raise RunError("--table needs --gpus, the number of GPUs to plan for, which stand in at least 1 of --nodes")
+    memory, host = (None if size is None else parse_bytes(size) for size in (args.gpu_memory, args.host_memory))
+    if args.table and args.gpus is None:
+        raise RunError("--table needs --gpus, the number of GPUs to plan for")
+    if host is not None and memory is None and not args.table:
+        raise RunError("--host-memory needs --gpu-memory, of the GPUs that offload into it")
     config = load_config(args)
     processes = _processes(args, config)
+    if args.nodes < 1 or processes % args.nodes:
+        raise RunError(f"--nodes {args.nodes}: {processes} GPUs cannot stand in so many machines alike")
     gpu, dtype = _target(args, config)
     if dtype != config.model.dtype:
         args.overrides = [*args.overrides, f"model.dtype={dtype}"]
         config = load_config(args)
     if args.table:
-        return _table(args, memory)
+        return _table(args, memory, host)
     from collie_core.cli._quiet import quiet_libraries
     from collie_core.plan.measure import measure_ranks
     from collie_core.plan.plan import as_object, make_plan
     from collie_core.plan.remedy import find_remedy
+    from collie_core.plan.room import Room
     from collie_core.plan.show import plan_text, remedy_text, verdict
 
     quiet_libraries()
     plan = make_plan(config, processes, gpu=gpu)
     measured = measure_ranks(args.config, args.overrides, processes) if args.measure else None
-    fits = memory is None or plan.largest.predicted <= memory
+    room = None if memory is None else Room(memory, 1, host=Room(host, processes // args.nodes) if host else None)
+    fits = room is None or room.holds(plan)
     if not args.json:
         print(plan_text(plan, measured), flush=True)
-    if memory is not None and not args.json:
-        print(verdict(plan, memory), flush=True)
+    if room is not None and not args.json:
+        print(verdict(plan, room), flush=True)
     remedy = None
-    if memory is not None and not fits:
-        remedy = find_remedy(lambda changes: _changed(args, changes), processes, memory, gpu=gpu)
+    if room is not None and not fits:
+        remedy = find_remedy(lambda changes: _changed(args, changes), processes, room.holds, gpu=gpu)
     if args.json:
         judged: dict[str, Any] = {} if memory is None else {"gpu_memory_bytes": memory, "fits": fits}
+        judged |= {} if host is None else {"host_memory_bytes": host}
         judged |= {} if fits else {"would_fit_with": None if remedy is None else remedy.overrides}
         print(json.dumps(as_object(plan, measured) | judged, indent=2))
     elif not fits:
@@ -86,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def _table(args: argparse.Namespace, memory: int | None) -> int:
+def _table(args: argparse.Namespace, memory: int | None, host: int | None) -> int:
     """Exit code: 1 when nothing fits."""
     from collie_core.cli._quiet import quiet_libraries
     from collie_core.plan.hardware import hardware_named
@@ -94,7 +104,7 @@ def _table(args: argparse.Namespace, memory: int | None) -> int:
     from collie_core.plan.table import Machines, make_table
 
     hardware = hardware_named(args.hardware)
-    machines = Machines(hardware, args.gpus, args.nodes, memory or hardware.memory)
+    machines = Machines(hardware, args.gpus, args.nodes, memory or hardware.memory, host)
     quiet_libraries()
     table = make_table(lambda changes: _changed(args, changes), machines, _choices(args))
     if args.json:

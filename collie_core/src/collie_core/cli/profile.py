@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         profiled = _changed(args, overrides(args.steps, folder))
         agree(run_identity(profiled))
         quiet_libraries()
+        _clear(folder)
         _profile(args, config, profiled, folder)
     return 0
 
@@ -60,10 +61,22 @@ def _again(args: argparse.Namespace) -> list[str]:
     return ["profile", args.config, *chosen, *args.overrides]
 
 
+def _clear(folder: Path) -> None:
+    """Of an earlier profile, which may have had more ranks, nothing is left that could be taken for this one's."""
+    from collie_core.profiling.record import TRACE
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (*folder.glob(TRACE.format(rank="*")), folder / REPORT):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}; name another --output") from error
+
+
 def _profile(args: argparse.Namespace, config: RunConfig, profiled: RunConfig, folder: Path) -> None:
     from collie_core.profiling.account import account
     from collie_core.profiling.gains import gains
-    from collie_core.profiling.record import record
+    from collie_core.profiling.record import TRACE, record
     from collie_core.profiling.show import as_object, profile_text
 
     recordings = record(profiled, args.steps, folder)
@@ -79,7 +92,9 @@ def _profile(args: argparse.Namespace, config: RunConfig, profiled: RunConfig, f
     sizes = config.batch_sizes(len(recordings) // config.parallel.copy_size)
     print(f"{args.steps} steps on {len(recordings)} process{'es' if len(recordings) > 1 else ''}; {sizes}\n")
     print(profile_text(profile, found))
-    print(f"\none step of each rank, for https://ui.perfetto.dev or chrome://tracing: {folder}/trace-rank-*.json.gz")
+    print(
+        f"\none step of each rank, for https://ui.perfetto.dev or chrome://tracing: {folder / TRACE.format(rank='*')}"
+    )
 
 
 def _changed(args: argparse.Namespace, changes: Sequence[str]) -> RunConfig:

@@ -121,8 +121,8 @@ def _call(answer: Connection, function: Callable[..., Any], arguments: tuple[Any
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    _print_to(log)
     try:
+        _print_to(log)
         ending = Ending("done", function(*arguments))
     except CollieError as error:
         print(error, file=sys.stderr)

@@ -15,7 +15,7 @@ from collie_core.compare.child import Child, Ending, Got
 from collie_core.compare.folder import Folder, read, write_whole
 from collie_core.compare.grid import NONE, Cell, Grid, Pair
 from collie_core.errors import CollieError
-from collie_core.report.rundir import CHECKPOINTS, MODEL
+from collie_core.report.rundir import CHECKPOINTS, METRICS, MODEL
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,8 +87,8 @@ class Comparison:
 
     def is_missing(self, cell: Cell) -> bool:
         """Whether a cell has no result, or one that is to be tried again."""
-        found = read(self.folder.result(cell))
-        return found is None or (self.retry and found["status"] != "done")
+        status = result_of(self.folder, cell)["status"]
+        return status == "missing" or (self.retry and status != "done")
 
     def lacks_memory(self, pair: Pair) -> bool:
         """Whether the memory of a pair is not known, or is to be tried again."""
@@ -112,7 +112,8 @@ class Comparison:
 
     def _memory(self, pair: Pair, got: Got) -> Ending | None:
         """Predicted and measured; what cannot be found has its reason, and stops nothing."""
-        cell = next(cell for cell in self.grid.cells if cell.pair == pair)
+        own = (cell for cell in self.grid.cells if cell.pair == pair)
+        cell = min(own, key=lambda cell: cell.lr)  # at the highest one two steps may be enough to diverge
         found: dict[str, Any] = {}
         for name, function in (("predicted", memory.predict), ("measured", memory.measure)):
             log = self.folder.memory(pair).with_suffix(".log")
@@ -152,5 +153,8 @@ def preload(grid: Grid) -> None:
 
 
 def result_of(folder: Folder, cell: Cell) -> Mapping[str, Any]:
-    """The result of a cell; one that has none is missing."""
-    return read(folder.result(cell)) or {"status": "missing", "reason": "it has not run yet", "seconds": 0.0}
+    """The result of a cell; one that has none is missing, and so is one whose run somebody has deleted."""
+    found: Mapping[str, Any] | None = read(folder.result(cell))
+    if found is None or (found["status"] == "done" and not (folder.run(cell) / METRICS).exists()):
+        return {"status": "missing", "reason": "it has not run yet", "seconds": 0.0}
+    return found

@@ -48,12 +48,14 @@ class Folder:
         """Inside, no other process goes on with this comparison.
 
         Raises:
-            RunError: another does, or the folder holds something else.
+            RunError: another does, the folder holds something else, or it cannot be written.
         """
         self._refuse_others()
-        for name in (CELLS, MEMORY):
-            (self.root / name).mkdir(parents=True, exist_ok=True)
-        with (self.root / LOCK).open("w") as lock:
+        with _writing(self.root):
+            for name in (CELLS, MEMORY):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            opened = (self.root / LOCK).open("w")
+        with opened as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the last process that has it, however
             except BlockingIOError as error:
@@ -101,10 +103,32 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], key: str = ""
 
 
 def write_whole(path: Path, value: Any) -> None:
-    """JSON, whole or not at all."""
+    """JSON, as `replacing` has it."""
+    with replacing(path) as beside:
+        write_json(beside, value)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write inside, which takes the place of `path` then: whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     beside = path.with_name(f".{path.name}.new")
-    write_json(beside, value)
-    os.replace(beside, path)
+    with _writing(path):
+        yield beside
+        os.replace(beside, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; make room there, or name another --output"
+        ) from error
 
 
 def read(path: Path) -> Any:

@@ -100,6 +100,8 @@ class Grid:
         common = [text for text in asked.overrides if text not in own]
         common.append(f"train.output_dir={dump_value(str(asked.output))}")
         base = RunConfig.from_yaml(asked.config, common, notes=notes, complete=True)
+        _require_different(base, "optimizer", asked.optimizers)
+        _require_different(base, "adapter", [name for name in asked.adapters if name != NONE])
         pairs = tuple(Pair(optimizer, adapter) for optimizer in asked.optimizers for adapter in asked.adapters)
         cells: list[Cell] = []
         refused: list[Refusal] = []
@@ -165,6 +167,15 @@ def _require_once(asked: Asked) -> None:
     for optimizer in asked.rates:
         if optimizer not in (ALL, *asked.optimizers):
             raise RunError(f"--learning-rates {optimizer}=...: {optimizer} is none of --optimizers")
+
+
+def _require_different(base: RunConfig, kind: str, names: Sequence[str]) -> None:
+    """Refuse names that nobody has, and two of one plugin."""
+    known: dict[str, str] = {}
+    for name in names:
+        first = known.setdefault(base.registry.find(kind, name).qualified, name)
+        if first != name:
+            raise RunError(f"--{kind}s: {name!r} and {first!r} are one {kind}; leave one of them out")
 
 
 # -- from words ---------------------------------------------------------------------------------------------

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 DASHES = ((0, ()), (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.6, 1.2, 1.6)))  # offset, and lengths of ink and gap
 MARKS = "osD^"
 TITLES = {
-    "loss": "Training loss",
-    "eval/loss": "Evaluation loss",
-    "tokens_per_second": "Tokens/s",
-    "seconds": "Time",
-    "peak_memory_bytes": "Peak of the run",
+    "loss": "training loss",
+    "eval/loss": "evaluation loss",
+    "tokens_per_second": "tokens/s",
+    "seconds": "time",
+    "peak_memory_bytes": "peak of the run",
 }
 ROOM = 1.15  # above where losses begin; what is higher has left the picture
 
@@ -85,13 +85,13 @@ def pictures(results: Results) -> Iterator[Drawn]:
     """Those that there are numbers for."""
     for number, name in enumerate(["loss", *(name for name in results.names if _is_drawn(results, name))]):
         for x, label in (("tokens", "tokens"), ("seconds", "seconds of training steps")):
-            what = f"{title(name)} against {'tokens' if x == 'tokens' else 'time'}"
+            what = f"{heading(name)} against {'tokens' if x == 'tokens' else 'time'}"
             yield _picture(f"{x}{number}", what, _courses(results, name, x, label))
     if any(choice.memory.get("measured_peak_bytes") for choice in results.choices):
-        what = f"{title(results.goal.name)} against peak memory"
+        what = f"{heading(results.goal.name)} against peak memory"
         yield _picture("tradeoff", what, lambda axes: _draw_tradeoff(axes, results))
     if any(len(choice.swept) > 1 for choice in results.choices):
-        what = f"{title(results.goal.name)} against learning rate"
+        what = f"{heading(results.goal.name)} against learning rate"
         yield _picture("rates", what, lambda axes: _draw_rates(axes, results))
 
 
@@ -101,7 +101,12 @@ def _picture(name: str, what: str, draw: Callable[[Axes], None]) -> Drawn:
 
 def title(name: str) -> str:
     """A number of a run in words."""
-    return TITLES.get(name, name.removeprefix(EVAL).capitalize())
+    return TITLES.get(name, name.removeprefix(EVAL))
+
+
+def heading(name: str) -> str:
+    """The same at the beginning of a line."""
+    return title(name)[:1].upper() + title(name)[1:]
 
 
 def _is_drawn(results: Results, name: str) -> bool:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from collie_core.compare.folder import Folder, write_whole
-from collie_core.compare.grid import CELLS
-from collie_core.compare.pictures import legend, looks, pictures, title
+from collie_core.compare.folder import Folder, replacing, write_whole
+from collie_core.compare.grid import CELLS, Refusal
+from collie_core.compare.pictures import heading, legend, looks, pictures, title
 from collie_core.compare.results import Choice, Results, Spread
 from collie_core.report import text
 from collie_core.report.html import STYLE, table, tile
 from collie_core.report.rundir import REPORT
+
+if TYPE_CHECKING:
+    from collie_core.config.evaluation import Mode
 
 TEMPLATE = Path(__file__).with_name("compare.html.template")
 MEMORIES = ("predicted_peak_bytes", "measured_peak_bytes")
@@ -29,10 +31,9 @@ CELL_NUMBERS = ("steps", "tokens", "seconds", "tokens_per_second", "loss", "peak
 def write_reports(folder: Folder, results: Results) -> None:
     """All three, each whole or not at all."""
     write_whole(folder.root / "report.json", as_object(results))
-    for name, written in (("report.csv", as_csv(folder, results)), (REPORT, as_html(folder, results))):
-        beside = folder.root / f".{name}.new"
-        beside.write_text(written, encoding="utf-8")
-        os.replace(beside, folder.root / name)
+    for name, written in (("report.csv", as_csv(results)), (REPORT, as_html(folder, results))):
+        with replacing(folder.root / name) as beside:
+            beside.write_text(written, encoding="utf-8")
 
 
 # -- for programs -------------------------------------------------------------------------------------------
@@ -41,10 +42,11 @@ def write_reports(folder: Folder, results: Results) -> None:
 def as_object(results: Results) -> dict[str, Any]:
     """What report.json holds."""
     return {
-        "decided_by": {"name": results.goal.name, "mode": "min" if results.goal.less else "max"},
+        "decided_by": results.goal._asdict(),
+        "better": results.better,
         "ranking": [_choice(choice) for choice in results.choices],
         "cells": [_row(one, results) for one in results.found],
-        "refused": [refusal._asdict() | {"pair": refusal.pair._asdict()} for refusal in results.grid.refused],
+        "refused": [_refusal(refusal) for refusal in results.grid.refused],
         "config": results.grid.base.model_dump(mode="json"),
     }
 
@@ -64,24 +66,25 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 def _row(one: Any, results: Results) -> dict[str, Any]:
     cell = one.cell
-    memory: Mapping[str, Any] = next((own.memory for own in results.choices if own.pair == cell.pair), {})
     chosen = any((own.pair, own.best.lr) == (cell.pair, cell.lr) for own in results.choices)
     row: dict[str, Any] = {**cell.pair._asdict(), "learning_rate": cell.lr, "seed": cell.seed, "chosen": chosen}
     row |= {"status": one.status, "reason": one.reason, "run": f"{CELLS}/{cell.name}", "wall_seconds": one.seconds}
     row |= {name: _finite(one.numbers.get(name)) for name in (*CELL_NUMBERS, *results.names)}
-    return row | {name: memory.get(name) for name in MEMORIES}
+    return row | {name: results.memory[cell.pair].get(name) for name in MEMORIES}
+
+
+def _refusal(refusal: Refusal) -> dict[str, Any]:
+    return {**refusal.pair._asdict(), "learning_rate": refusal.lr, "status": "refused", "reason": refusal.reason}
 
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def as_csv(folder: Folder, results: Results) -> str:
+def as_csv(results: Results) -> str:
     """One line for each run; what is missing is empty. Refused ones have their reason and no numbers."""
     rows = [_row(one, results) for one in results.found]
-    for refusal in results.grid.refused:
-        own = {"learning_rate": refusal.lr, "status": "refused", "reason": refusal.reason, "chosen": False}
-        rows.append({**refusal.pair._asdict(), **own})
+    rows += [_refusal(refusal) | {"chosen": False} for refusal in results.grid.refused]
     written = io.StringIO()
     writer = csv.DictWriter(written, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -134,7 +137,7 @@ def _tiles(results: Results) -> Iterator[str]:
         return
     first = results.choices[0]
     decided = written(first.best.spread(results.goal.name), text.loss)
-    yield tile(f"best {title(results.goal.name).lower()}", f"{first.pair}: {decided}")
+    yield tile(f"best {title(results.goal.name)}", f"{first.pair}: {decided}")
     fastest = max(results.choices, key=lambda choice: _mean(choice.best.spread("tokens_per_second")))
     yield tile("most tokens/s", f"{fastest.pair}: {written(fastest.best.spread('tokens_per_second'), text.count)}")
     held = [choice for choice in results.choices if choice.memory.get("measured_peak_bytes")]
@@ -152,11 +155,11 @@ def _mean(spread: Spread | None) -> float:
 Write = Callable[[float], str]
 
 
-def columns(results: Results) -> list[tuple[str, str, Write]]:
-    """Of the ranking: heading, name of the number, and how it is written."""
+def columns(results: Results) -> list[tuple[str, Write]]:
+    """Of the ranking: the name of the number, and how it is written."""
     numbers: dict[str, Write] = dict.fromkeys([*results.names, "loss"], text.loss)
     numbers |= {"tokens_per_second": text.count, "seconds": text.duration}
-    return [(title(name), name, write) for name, write in numbers.items()]
+    return list(numbers.items())
 
 
 def written(spread: Spread | None, write: Write) -> str:
@@ -174,12 +177,12 @@ def _ranking(results: Results) -> str:
     if not results.choices:
         return "<p>no run has come to an end</p>"
     styles = looks(results)
-    numbers = [head for head, _, _ in columns(results)] + ["Peak predicted", "Peak measured", "Seeds"]
+    numbers = [heading(name) for name, _ in columns(results)] + ["Peak predicted", "Peak measured", "Seeds"]
     lines = [_head(["", "", "Optimizer", "Adapter", "Learning rate"], numbers)]
     for place, choice in enumerate(results.choices, start=1):
         cells = [f"<td>{place}</td><td>{styles[choice.pair].swatch}</td>"]
         cells += [f"<td>{escape(word)}</td>" for word in (*choice.pair, _rate(choice))]
-        cells += [_number(results, choice, name, write) for _, name, write in columns(results)]
+        cells += [_number(results, choice, name, write) for name, write in columns(results)]
         cells += [_memory(results, choice, name) for name in MEMORIES]
         cells.append(f'<td class="number">{len(choice.best.done)} of {len(choice.best.found)}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>\n")
@@ -199,26 +202,28 @@ def _rate(choice: Choice) -> str:
 
 def _number(results: Results, choice: Choice, name: str, write: Write) -> str:
     spread = choice.best.spread(name)
-    return _bar(written(spread, write), _mean(spread), [_mean(own.best.spread(name)) for own in results.choices])
+    beside = [_mean(own.best.spread(name)) for own in results.choices]
+    return _bar(written(spread, write), _mean(spread), beside, results.better.get(name))
 
 
 def _memory(results: Results, choice: Choice, name: str) -> str:
-    sizes = [own.memory.get(name) or 0 for own in results.choices]
-    return _bar(text.memory(choice.memory.get(name)), choice.memory.get(name) or 0, sizes)
+    sizes = [own.memory.get(name) or -math.inf for own in results.choices]
+    return _bar(text.memory(choice.memory.get(name)), choice.memory.get(name) or -math.inf, sizes, "min")
 
 
-def _bar(word: str, value: float, beside: Sequence[float]) -> str:
-    """A number over a bar that begins at zero, of those of one column."""
-    largest = max(beside)
-    share = value / largest if math.isfinite(value) and value > 0 and math.isfinite(largest) else 0
-    return f'<td class="number bar" style="--share: {share:.3f}">{escape(word)}</td>'
+def _bar(word: str, value: float, beside: Sequence[float], mode: Mode | None) -> str:
+    """A number over a bar that begins at zero, of those of one column; bold where it is the best of them."""
+    known = [one for one in beside if math.isfinite(one)]
+    share = value / max(known) if value > 0 else 0
+    best = {"min": min, "max": max}[mode](known) if mode is not None and len(set(known)) > 1 else None
+    return f'<td class="number bar{" best" * (value == best)}" style="--share: {share:.3f}">{escape(word)}</td>'
 
 
 def _cells(results: Results) -> str:
     """Every run, with a link to its own report."""
     numbers: dict[str, Write] = {results.goal.name: text.loss, "loss": text.loss, "tokens_per_second": text.count}
     numbers["peak_memory_bytes"] = text.memory
-    lines = [_head(["Run", ""], ["Time in all", *map(title, numbers)])]
+    lines = [_head(["Run", ""], ["Time in all", *map(heading, numbers)])]
     for one in results.found:
         run = escape(str(one.cell))
         link = f'<a href="{escape(f"{CELLS}/{one.cell.name}/{REPORT}")}">{run}</a>' if one.numbers else run
@@ -231,9 +236,10 @@ def _cells(results: Results) -> str:
 
 def notes(results: Results) -> Iterator[str]:
     """How the numbers came about, as far as it is not the same for every comparison."""
-    goal = title(results.goal.name).lower()
+    goal = title(results.goal.name)
     last = " of the last tenth of the steps" if results.goal.name == "loss" else " at the end"
-    yield f"Ranked by {goal}{last}, {'less' if results.goal.less else 'more'} is better."
+    yield f"Ranked by {goal}{last}, {'less' if results.goal.mode == 'min' else 'more'} is better."
+    yield "Bold is the best of a column, where it is known whether less or more is better."
     if any(len(choice.swept) > 1 for choice in results.choices):
         yield (
             f"Of several learning rates each pair has the one with the best {goal}, among those at which most seeds "
@@ -252,9 +258,9 @@ def notes(results: Results) -> Iterator[str]:
         "Python and its libraries too."
     )
     for reason in dict.fromkeys(
-        f"{choice.pair}: {reason}"
-        for choice in results.choices
-        for key, reason in choice.memory.items()
+        f"{pair}: {reason}"
+        for pair, memory in results.memory.items()
+        for key, reason in memory.items()
         if key.endswith("_reason")
     ):
         yield f"No peak of {reason}"
@@ -266,10 +272,10 @@ def notes(results: Results) -> Iterator[str]:
 def as_text(results: Results) -> str:
     """The ranking, for a terminal."""
     told = (results.goal.name, "loss", "tokens_per_second")
-    shown = [column for column in columns(results) if column[1] in told]
-    rows = [["", "", "learning rate", *(head.lower() for head, _, _ in shown), "peak predicted", "measured"]]
+    shown = [column for column in columns(results) if column[0] in told]
+    rows = [["", "", "learning rate", *(title(name) for name, _ in shown), "peak predicted", "measured"]]
     for place, choice in enumerate(results.choices, start=1):
-        numbers = [written(choice.best.spread(name), write) for _, name, write in shown]
+        numbers = [written(choice.best.spread(name), write) for name, write in shown]
         rows.append([f"{place}", f"{choice.pair}", _rate(choice), *numbers])
         rows[-1] += [text.memory(choice.memory.get(name)) for name in MEMORIES]
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]

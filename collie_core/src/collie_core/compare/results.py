@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,22 +16,26 @@ from collie_core.compare.comparison import result_of
 from collie_core.compare.folder import Folder, read
 from collie_core.compare.grid import Cell, Grid, Pair, Refusal
 from collie_core.report.html import read_metrics
-from collie_core.report.rundir import METRICS
+from collie_core.report.rundir import METRICS, SUMMARY
+
+if TYPE_CHECKING:
+    from collie_core.config.evaluation import Mode
 
 Floats = NDArray[np.float64]
+OWN: dict[str, Mode] = {"loss": "min", "tokens_per_second": "max", "seconds": "min", "peak_memory_bytes": "min"}
 LAST = 10  # the training loss of a run is the mean over the last tenth of its rows: single steps are noise
 EVAL = "eval/"
 
 
 class Goal(NamedTuple):
-    """What decides: a number of a run, and whether less of it is better."""
+    """A number of a run, and whether less or more of it is better: what decides is one."""
 
     name: str
-    less: bool = True
+    mode: Mode = "min"
 
     def key(self, value: float) -> float:
         """Ascending from the best."""
-        return value if self.less else -value
+        return value if self.mode == "min" else -value
 
 
 class Spread(NamedTuple):
@@ -85,12 +89,12 @@ class Found:
         first = len(steps) > 1  # it pays for what later ones find done: compiled, allocated, cached
         tokens = curve.tokens[-1] - curve.tokens[0] * first
         found = {
-            "steps": float(steps[-1]["step"]),
-            "tokens": float(curve.tokens[-1]),
+            "steps": steps[-1]["step"],
+            "tokens": steps[-1]["tokens"],
             "seconds": float(curve.seconds[-1]),
             "tokens_per_second": float(tokens / (curve.seconds[-1] - curve.seconds[0] * first)),
             "loss": statistics.fmean(last),
-            "peak_memory_bytes": max(_number(row["peak_memory_bytes"]) for row in steps),
+            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in steps),
         }
         evaluated = {name: _number(value) for row in self.rows for name, value in row.items() if name.startswith(EVAL)}
         return found | evaluated
@@ -160,12 +164,17 @@ class Results:
     found: tuple[Found, ...]
     goal: Goal
     choices: tuple[Choice, ...]  # the best first; those of which no seed came to an end are left out
+    memory: Mapping[Pair, Mapping[str, Any]]  # of every pair, as far as it is known
+    better: Mapping[str, Mode]  # whether less or more of a number is better, where that is known
 
     @classmethod
     def read(cls, folder: Folder, grid: Grid) -> Results:
         """As they stand in the folder."""
         found = tuple(Found.read(folder, cell) for cell in grid.cells)
-        goal = _goal(grid, found)
+        memory: dict[Pair, Mapping[str, Any]] = {pair: read(folder.memory(pair)) or {} for pair in grid.pairs}
+        better = OWN | _better(folder, found)
+        goal = _goal(grid, found, better)
+        better[goal.name] = goal.mode
         choices = []
         for pair in grid.pairs:
             rates = dict.fromkeys(one.cell.lr for one in found if one.cell.pair == pair)
@@ -175,8 +184,9 @@ class Results:
             )
             if any(one.done for one in rated):
                 best = min(rated, key=lambda one: _rank(one, goal))
-                choices.append(Choice(best, rated, read(folder.memory(pair)) or {}))
-        return cls(grid, found, goal, tuple(sorted(choices, key=lambda choice: _rank(choice.best, goal))))
+                choices.append(Choice(best, rated, memory[pair]))
+        choices.sort(key=lambda choice: _rank(choice.best, goal))
+        return cls(grid, found, goal, tuple(choices), memory, better)
 
     @property
     def without_result(self) -> Iterator[tuple[str, str, str]]:
@@ -199,11 +209,20 @@ def described(refusal: Refusal) -> str:
     return f"{refusal.pair}" if refusal.lr is None else f"{refusal.pair}, lr {refusal.lr:g}"
 
 
-def _goal(grid: Grid, found: Sequence[Found]) -> Goal:
+def _better(folder: Folder, found: Sequence[Found]) -> dict[str, Mode]:
+    """What the runs knew of their results: they evaluate alike, so any of them says it."""
+    for one in found:
+        summary = read(folder.run(one.cell) / SUMMARY) if one.status == "done" else None
+        if summary is not None:
+            return dict(summary["facts"]["better"])
+    return {}
+
+
+def _goal(grid: Grid, found: Sequence[Found], better: Mapping[str, Mode]) -> Goal:
     """`evaluation.best` where it is said, else the evaluation loss where every run has one, else the training loss."""
     best = grid.base.evaluation.best
     if best is not None:
-        return Goal(best.metric, best.mode == "min")
+        return Goal(best.metric, best.mode or better.get(best.metric, "min"))
     done = [one.numbers for one in found if one.numbers]
     return Goal("eval/loss" if all("eval/loss" in numbers for numbers in done) else "loss")
 

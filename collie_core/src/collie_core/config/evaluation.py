@@ -130,6 +130,9 @@ class ClassificationEvaluatorConfig(EvaluatorConfig):
     max_new_tokens: PositiveInt = Field(16, description="Longest answer with `by: generation`, in tokens.")
 
 
+Mode = Literal["min", "max"]
+
+
 def _result(name: str) -> str:
     """Evaluation results are known by one name, the one that metrics.jsonl has."""
     if not name.removeprefix("eval/") or not name.startswith("eval/"):
@@ -143,7 +146,9 @@ class BestConfig(ConfigModel):
     metric: Annotated[str, AfterValidator(_result)] = Field(
         description="The result to go by, as metrics.jsonl names it: eval/perplexity."
     )
-    mode: Literal["min", "max"] = Field(description="Whether less or more of it is better.")
+    mode: Mode | None = Field(
+        None, description="Whether less or more of it is better; default: as its metric declares it."
+    )
     patience: PositiveInt | None = Field(
         None, description="Stop the run after so many evaluations in a row without improvement."
     )

@@ -50,3 +50,8 @@ class ParallelConfig(ConfigModel):
     def fewest_processes(self) -> int:
         """The number of processes that these sizes need at least."""
         return self.copy_size * (1 if self.data_parallel_size == "auto" else self.data_parallel_size)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is kept in host memory that a GPU works on."""
+        return self.offload_optimizer or self.offload_param

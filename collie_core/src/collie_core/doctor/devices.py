@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from collie_core.doctor.finding import Finding, error, ok, warning
+from collie_core.errors import RunError
 from collie_core.report.text import memory
 
 FIELDS = ("name", "memory.total", "memory.used", "driver_version")
 IN_USE = 0.1  # of a GPU's memory, before we have used any
 LITTLE_MEMORY = 2 * 2**30
 CONTROL_GROUP = Path("/sys/fs/cgroup")
+NO_DEVICES = 6  # exit code of nvidia-smi, by its manual
 _PATIENCE_S = 20
 
 
@@ -56,8 +58,10 @@ def _container(name: str) -> list[str]:
 def _memory() -> Iterator[Finding]:
     import psutil  # type: ignore[import-untyped]
 
+    from collie_core.plan.room import free_memory
+
     found = psutil.virtual_memory()
-    total, free = int(found.total), int(found.available)
+    total, free = int(found.total), free_memory()
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         for limit in filter(str.isdecimal, _container(name)):
             total = min(total, int(limit))
@@ -72,11 +76,15 @@ def _memory() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     import torch
 
-    seen = list(listed_by_driver())
+    try:
+        seen = list(listed_by_driver())
+    except RunError as failure:
+        yield warning(str(failure), "if this machine has GPUs, see dmesg, restart it, or install its driver again")
+        return
     built, usable = torch.version.cuda, torch.cuda.device_count()
     for number, (name, total, used, driver) in enumerate(seen):
-        text = f"GPU {number}: {name}, {memory(total)}, driver {driver}"
-        if used > IN_USE * total:
+        text = f"GPU {number}: {name}, {'memory unknown' if total is None else memory(total)}, driver {driver}"
+        if total is not None and used is not None and used > IN_USE * total:
             yield warning(
                 f"{text}; {memory(used)} are in use already", "see nvidia-smi for by whom, or set CUDA_VISIBLE_DEVICES"
             )
@@ -95,14 +103,30 @@ def _gpus() -> Iterator[Finding]:
         yield ok(f"torch, built for CUDA {built}, can use all of them")
 
 
-def listed_by_driver() -> Iterator[tuple[str, int, int, str]]:
-    """Name, bytes of memory, bytes in use and driver of each GPU, as nvidia-smi tells it; none without it."""
+def listed_by_driver() -> Iterator[tuple[str, int | None, int | None, str]]:
+    """Name, bytes of memory, bytes in use and driver of each GPU, as nvidia-smi tells it; none without it.
+
+    It knows no memory of GPUs that share that of the host, and of parts of one (MIG) not always what is in use.
+
+    Raises:
+        RunError: it does not answer, or fails.
+    """
     program = shutil.which("nvidia-smi")
     if program is None:
         return
     command = [program, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-    if done.returncode:  # there is a driver's package and no GPU
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"nvidia-smi does not answer within {_PATIENCE_S} s: the driver hangs") from error
+    if done.returncode == NO_DEVICES:
         return
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().partition("\n")[0]
+        raise RunError(f"nvidia-smi fails with exit code {done.returncode}: {said}")
     for name, total, used, driver in csv.reader(done.stdout.splitlines(), skipinitialspace=True):
-        yield name, int(total) * 2**20, int(used) * 2**20, driver
+        yield name, _mebibytes(total), _mebibytes(used), driver
+
+
+def _mebibytes(word: str) -> int | None:
+    return int(word) * 2**20 if word.isdecimal() else None

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +49,11 @@ def _variables(environment: Mapping[str, str]) -> Iterator[Finding]:
             yield warning(f"{name}={environment[name]}: {what}", f"unset {name}, unless you look for a fault")
     if environment.get("TORCH_DISTRIBUTED_DEBUG", "OFF").upper() != "OFF":
         yield warning("TORCH_DISTRIBUTED_DEBUG is on: collectives are checked", "unset TORCH_DISTRIBUTED_DEBUG")
+    if (wanted := environment.get("TMPDIR")) and os.path.abspath(wanted) != os.path.abspath(tempfile.gettempdir()):
+        yield warning(
+            f"TMPDIR={wanted} cannot be written: temporary files go to {tempfile.gettempdir()}",
+            "make it a folder that may be written and has room, or unset TMPDIR",
+        )
     yield from _proxies(environment)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ from unittest.mock import patch
 from collie_core import starter
 from collie_core.config.run import RunConfig
 from collie_core.doctor.finding import Finding, error, ok
-from collie_core.errors import CollieError
+from collie_core.errors import CollieError, RunError
 from collie_core.parity import TOLERANCE, Comparison, Record, Sizes, record, rehearsal
 
 STEPS = 3
 GLOBAL_BATCH = 4
 LIMIT_S = 60.0  # for a rank that waits for the other
+HERE, LOOPBACK_S = "127.0.0.1", 5.0  # where processes of one machine meet
 WAY_OUT = "look at the findings above; COLLIE_TRACEBACK=1 shows where it stopped"
 MODEL = {
     "model_type": "llama",
@@ -35,11 +37,23 @@ def check() -> Iterator[Finding]:
     """Whether two processes train, and as one does. On the CPU, with gloo, whatever else there is."""
     with tempfile.TemporaryDirectory(prefix="collie-doctor-") as folder, _on_the_cpu():
         try:
+            _require_loopback()
             first, second = (_train(name, Path(folder)) for name in ("dp1", "dp2"))
         except CollieError as failure:
             yield error(f"the smoke run fails: {failure}", WAY_OUT)
             return
     yield compared(first, second)
+
+
+def _require_loopback() -> None:
+    """Refuse what would make both processes look for each other for minutes."""
+    try:
+        with socket.create_server((HERE, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=LOOPBACK_S).close()
+    except OSError as error:
+        raise RunError(
+            f"this machine cannot reach itself at {HERE}: {error}; ip link set lo up, or see its firewall"
+        ) from error
 
 
 def compared(first: Record, second: Record) -> Finding:
@@ -65,6 +79,8 @@ def _train(name: str, folder: Path) -> Record:
         record(RunConfig.from_yaml(written, changes), own)
     else:
         starter.start(sizes.processes, ["verify", "parity", str(written), "--record", str(own), *changes])
+    if len([*own.glob("rank-*")]) < sizes.processes:
+        raise RunError("a signal ended it before it was done")
     return Record.read(own)
 
 

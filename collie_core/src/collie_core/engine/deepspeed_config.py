@@ -19,11 +19,13 @@ def deepspeed_config(
     data_parallel_size: int,
     max_grad_norm: float | None,
     overrides: Mapping[str, Any],
+    pin_memory: bool = False,
     keeps_small_parameters: bool = True,
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; `overrides` is the `deepspeed:` section, merged over it.
 
     Args:
+        pin_memory: whether what is offloaded lies in page-locked memory, which GPUs reach faster.
         keeps_small_parameters: whether stage 3 may leave them whole between steps. It brings those up to date in its
             own optimizer step, which an update in backward goes without.
 
@@ -36,7 +38,7 @@ def deepspeed_config(
     }
     if not keeps_small_parameters:
         zero["stage3_param_persistence_threshold"] = 0
-    host_memory = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    host_memory = {"device": "cpu", "pin_memory": pin_memory}
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = host_memory
     if parallel.offload_param:

@@ -60,13 +60,17 @@ class _FlatStates(ParameterStates):
         return self._zero
 
     def held(self) -> dict[str, list[Tensor]]:
-        """What the engine keeps at this moment beside weights and optimizer state: gradients, and room to send them."""
+        """What the engine keeps at this moment beside what optimizer and model show: copies of weights, which stage 3
+        hands to the optimizer for an update alone, gradients, and room to send them.
+        """
         buckets = [bucket.buffer for bucket in self._zero.ipg_buckets.values()]
         rooms = [one for buffer in buckets for one in (buffer if isinstance(buffer, list) else [buffer])]
         groups = [group for group in self._zero.averaged_gradients.values() if group is not None]
         gradients = [one for group in groups for one in (group if isinstance(group, list) else [group])]
-        gradients.append(getattr(self._zero, "grad_partitions_flat_buffer", None))
+        copies = list(getattr(self._zero, "fp32_partitioned_groups_flat", []))
+        gradients += [getattr(self._zero, "grad_partitions_flat_buffer", None), *(copy.grad for copy in copies)]
         return {
+            "optimizer state": copies,
             "gradients": [one for one in gradients if one is not None],
             "communication": [one for one in rooms if one is not None],
         }

@@ -17,7 +17,7 @@ from collie_core.report.rundir import PREDICTIONS
 if TYPE_CHECKING:
     from torch import nn
 
-    from collie_core.config.evaluation import EvaluatorConfig
+    from collie_core.config.evaluation import EvaluatorConfig, Mode
     from collie_core.hookspecs import Evaluator, MetricCan
     from collie_core.parts import Parts
     from collie_core.plugins import Plugins
@@ -67,6 +67,17 @@ def check_metrics(registry: Plugins, section: EvaluatorConfig) -> None:
         found = reading.metric.compute()
         require_new_names(section.known_as, names, found)
         names |= found
+
+
+def better(registry: Plugins, section: EvaluatorConfig) -> dict[str, Mode]:
+    """Whether less or more of its results is better, by the names of metrics.jsonl, as far as metrics declare it."""
+    found: dict[str, Mode] = {f"eval/{section.prefix}loss": "min"}
+    modes: tuple[Mode, Mode] = ("min", "max")
+    for config, reading in zip(section.metrics, _readings(registry, section), strict=True):
+        up = cast("MetricCan", registry.component("metric", config.type).can).higher_is_better
+        if up is not None:
+            found |= dict.fromkeys((f"eval/{section.prefix}{name}" for name in reading.metric.compute()), modes[up])
+    return found
 
 
 def _readings(registry: Plugins, section: EvaluatorConfig) -> Iterator[Reading]:

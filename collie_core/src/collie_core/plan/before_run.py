@@ -93,8 +93,8 @@ def _plan_here(config: RunConfig, *, force: bool) -> PlanOfRun:
         plan = make_plan(config, processes, gpu=bool(room.gpu))
     except (CollieError, RuntimeError) as error:  # a run that can be need not be one that can be planned
         return PlanOfRun(f"not planned: {str(error).splitlines()[-1]}", {})
-    sentence, needed = sentence_of(plan, room), room.needed(plan.predicted)
-    if needed > room.nbytes:
+    sentence = sentence_of(plan, room)
+    if not room.holds(plan):
         if not force:
             raise RunError(_refusal(config, plan, room))
         sentence += ", which does not fit; started by --force"
@@ -123,9 +123,14 @@ def sentence_of(plan: Plan, room: Room) -> str:
     needed, there = text.memory(room.needed(plan.predicted)), text.memory(room.nbytes)
     peak = plan.largest.prediction.peak
     if room.ranks == 1:
-        return f"{needed} of {there} at the peak, in {peak.phase}: {components_text(peak)}"
+        offloaded = f"; {_of_host(plan, room.host)}" if plan.offloads and room.host is not None else ""
+        return f"{needed} of {there} at the peak, in {peak.phase}: {components_text(peak)}{offloaded}"
     most = f"{text.memory(peak.total)} on one rank, in {peak.phase}: {components_text(peak)}"
     return f"{needed} of {there} at the peaks of {room.ranks} ranks; {most}"
+
+
+def _of_host(plan: Plan, room: Room) -> str:
+    return f"{text.memory(room.needed(plan.host))} of {text.memory(room.nbytes)} of main memory for what is offloaded"
 
 
 def components_text(peak: Peak) -> str:
@@ -135,11 +140,12 @@ def components_text(peak: Peak) -> str:
 
 
 def _refusal(config: RunConfig, plan: Plan, room: Room) -> str:
-    more = text.memory(room.needed(plan.predicted) - room.nbytes)
-    where = f"the {text.memory(room.nbytes)} of {room.gpu or 'main memory that are free'}"
-    share, processes = room.nbytes // room.ranks, plan.shape.processes
+    more = text.memory(room.short(plan) or room.host_short(plan))
+    full = room if room.short(plan) or room.host is None else room.host
+    where = f"the {text.memory(full.nbytes)} of {full.gpu or 'main memory that are free'}"
+    processes = plan.shape.processes
     try:
-        remedy = find_remedy(lambda changes: changed(config, changes), processes, share, gpu=bool(room.gpu))
+        remedy = find_remedy(lambda changes: changed(config, changes), processes, room.holds, gpu=bool(room.gpu))
         way_out = remedy_text(remedy, processes)
     except CollieError as error:
         way_out = f"what would make it fit is not known: {error}"

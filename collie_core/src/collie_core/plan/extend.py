@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from collie_core.plan.trace import COMPONENTS, Operation, Peak, Section
+from collie_core.plan.trace import COMPONENTS, Operation, Peak, Section, Where
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Peaks = dict[str, Peak]
 
 
 class Trace(NamedTuple):
@@ -35,19 +33,22 @@ def alike(first: Sequence[Section], second: Sequence[Section]) -> bool:
     return [one.phase for one in first] == [one.phase for one in second]
 
 
-def extended(first: Trace, second: Trace, size: int, *, bounded: bool = False) -> Peaks:
+def extended(
+    first: Trace, second: Trace, size: int, where: Where = "device", *, bounded: bool = False
+) -> dict[str, Peak]:
     """The peak of each phase at another size, from two traces that are alike.
 
     Args:
         first, second: of two sizes.
         size: the other one.
+        where: of which memory.
         bounded: whether gradients go through buckets, which two models with a layer more fill to other levels when
             backward ends. Operations there grow as those at its beginning do, at the most.
     """
-    peaks: Peaks = {}
+    peaks: dict[str, Peak] = {}
     for before, after in zip(first.sections, second.sections, strict=True):
         times = (size - first.size) / (second.size - first.size)
-        held = _extended(before, after, times, bounded=bounded and before.phase == "backward")
+        held = _extended(before, after, times, where, bounded=bounded and before.phase == "backward")
         most = held[held.sum(1).argmax()]
         if before.phase not in peaks or most.sum() > peaks[before.phase].total:
             components = dict(zip(COMPONENTS, map(int, most), strict=True))
@@ -55,22 +56,23 @@ def extended(first: Trace, second: Trace, size: int, *, bounded: bool = False) -
     return peaks
 
 
-def _extended(before: Section, after: Section, times: float, *, bounded: bool) -> NDArray[np.float64]:
+def _extended(before: Section, after: Section, times: float, where: Where, *, bounded: bool) -> NDArray[np.float64]:
     """What is held at operations when there is so many times more of what the second section has more than the first.
 
     An operation that the second one lacks grows as those around it do.
     """
     pairs = _aligned(*_comparable(before.operations, after.operations))
-    growth = after.held[pairs[:, 1]] - before.held[pairs[:, 0]]
+    low, high = before.held[where], after.held[where]
+    growth = high[pairs[:, 1]] - low[pairs[:, 0]]
     if bounded:
         most = growth[0].sum()
         total = growth.sum(1)
         growth = growth * np.where(total > most, most / np.maximum(total, 1), 1)[:, None]
-    held = [before.held[pairs[:, 0]] + times * growth]
+    held = [low[pairs[:, 0]] + times * growth]
     lacking = np.setdiff1d(np.arange(len(before.operations)), pairs[:, 0])
     if len(pairs) and len(lacking):
         near = np.abs(pairs[:, 0] - lacking[:, None]).argmin(1)
-        held.append(before.held[lacking] + times * growth[near])
+        held.append(low[lacking] + times * growth[near])
     return np.concatenate(held)
 
 

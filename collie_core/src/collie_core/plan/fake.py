@@ -17,11 +17,16 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 
 from collie_core.compat import (
     deepspeed_without_values,
+    fake_tensors_move,
     forget_deepspeed_groups,
     modules_convert_fake_tensors,
     transformers_without_values,
@@ -53,12 +58,11 @@ def fake_rank(rank: int, world_size: int, trace: MemoryTrace, *, packing: bool, 
         forget_deepspeed_groups()  # of the process that forked this one
         stack.enter_context(transformers_without_values(packing=packing))
         if zero:
-            stack.enter_context(deepspeed_without_values())
+            stack.enter_context(deepspeed_without_values(trace.device, trace.pinned))
         stack.enter_context(modules_convert_fake_tensors())
+        stack.enter_context(fake_tensors_move())
         stack.enter_context(patch("torch.compile", _compiled_without(trace)))
-        stack.enter_context(QuickFakeTensors(allow_non_fake_inputs=True))
-        stack.enter_context(Answers())  # type: ignore[no-untyped-call]
-        stack.enter_context(trace)
+        stack.enter_context(QuickFakeTensors(trace))
         yield
 
 
@@ -76,27 +80,78 @@ def _compiled_without(trace: MemoryTrace) -> Callable[..., Any]:
 
 
 class QuickFakeTensors(FakeTensorMode):
-    """Fake tensors that take a third of the time: what an operation has given for such arguments is remembered.
+    """Fake tensors that take a fifth of the time: what an operation has given for such arguments is remembered.
 
-    FakeTensorMode remembers it too, but its keys cover all that can be traced and cost more than most operations.
+    FakeTensorMode remembers it too, but its keys cover all that can be traced and cost more than most operations. A
+    trace on top of it, as a mode of its own, would cost as much once more.
+
+    What a step asks its numbers is answered as where all is well: they are finite, and every token is a target. Counts
+    of steps, which are made from constants alone, have their true value.
+
+    Args:
+        trace: is told of every operation.
     """
 
     _given: ClassVar[dict[Any, list[_Recipe] | _Recipe | None]] = {}  # for this process, and those forked from it
 
+    def __init__(self, trace: MemoryTrace | None = None) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._trace = trace
+        self._inside = False  # an operation: those it consists of are not traced
+        self._blank: dict[torch.device, dict[str, Any]] = {}  # attributes of fake tensors there
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper that says so takes as long as an operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor) and not self.in_kernel_invocation:
+            return args[0].fake_device  # asked for more often than all operations together
+        kwargs = kwargs or {}
+        if self._inside or func.namespace == "prim":
+            return self.dispatch(func, types, args, kwargs)
+        self._inside = True
+        try:
+            result = self._answered(func, types, args, kwargs)
+        finally:
+            self._inside = False
+        if self._trace is not None:
+            self._trace.note(func, args, kwargs, result)
+        return result
+
+    def _answered(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operation, with an answer where a step asks."""
+        if func is _ATEN.nonzero.default:
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        if func is _ATEN._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
+            return _answer(args[0])
+        result = self.dispatch(func, types, args, kwargs)
+        if func in _CONSTANTS and isinstance(result, FakeTensor) and result.numel() == 1:
+            with unset_fake_temporarily():
+                result.constant = func(*args, **kwargs)
+            self.fake_tensor_converter.add_constant_storage_mapping(result)
+        if func in _NO:
+            result.collie_no = True
+        return result
+
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As that of FakeTensorMode."""
         view = _VIEWS.get(func)
         if view is not None and not kwargs and isinstance(args[0], FakeTensor) and _may_be_described(args[0]):
             return self._view(args[0], *view(*args))
-        key = _key(func, args, kwargs or {})
+        if func.namespace == "c10d":  # all of them give back what they were given
+            with in_kernel_invocation_manager(self):
+                return func(*args, **kwargs)
+        key = _key(func, args, kwargs)
         if key is None:
-            return super().dispatch(func, types, args, kwargs or {})
+            return super().dispatch(func, types, args, kwargs)
         if key not in self._given:
-            result = super().dispatch(func, types, args, kwargs or {})
+            result = super().dispatch(func, types, args, kwargs)
             self._given[key] = _recipes(result, args)
             return result
         found = self._given[key]
         if found is None:
-            return super().dispatch(func, types, args, kwargs or {})
+            return super().dispatch(func, types, args, kwargs)
         if isinstance(found, _Recipe):
             return self._made(found, args)
         return tuple(self._made(recipe, args) for recipe in found)
@@ -110,13 +165,23 @@ class QuickFakeTensors(FakeTensorMode):
             return self._view(shares, recipe.shape, recipe.stride, offset, recipe.dtype)
         with torch._C._DisableTorchDispatch():
             meta = torch.empty_strided(recipe.shape, recipe.stride, dtype=recipe.dtype, device="meta")
-        return FakeTensor(self, meta, _CPU)
+        return self._fake(meta, recipe.device)
 
-    def _view(self, base: FakeTensor, shape: Any, stride: Any, offset: int, dtype: Any = None) -> FakeTensor:
+    def _view(self, base: FakeTensor, shape: Any, stride: Any, offset: int, dtype: Any = None) -> Any:
         with torch._C._DisableTorchDispatch():
             meta = torch.empty(0, dtype=dtype or base.dtype, device="meta")
             meta.set_(base.untyped_storage(), offset, shape, stride)
-        return FakeTensor(self, meta, _CPU)
+        return self._fake(meta, base.fake_device)
+
+    def _fake(self, meta: torch.Tensor, device: torch.device) -> Any:
+        """`FakeTensor(self, meta, device)`, without looking at all that it could be."""
+        if device not in self._blank:
+            self._blank[device] = dict(vars(FakeTensor(self, meta, device)))
+        made = torch.Tensor._make_subclass(
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
+        )
+        made.__dict__.update(self._blank[device])
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +193,12 @@ class _Recipe:
     stride: Any = None
     dtype: Any = None
     offset: int = 0  # of a view: from where its argument begins
+    device: Any = None
 
 
-_CPU = torch.device("cpu")
+GPU = torch.device("cpu", 0)
+"""Of fake tensors on a GPU. It differs from the CPU, and asks nothing of torch that a build without CUDA lacks."""
+
 _CHANGING = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -149,18 +217,18 @@ def _key(func: Any, args: Any, kwargs: Any) -> Any:
             return None
     for name, argument in kwargs.items():
         found.append(name)
-        if not _describe(argument, found):
+        if isinstance(argument, torch.Tensor) or not _describe(argument, found):  # it may be what is given back
             return None
     return tuple(found)
 
 
 def _may_be_described(tensor: FakeTensor) -> bool:
-    return tensor.constant is None and tensor.fake_device == _CPU
+    return tensor.constant is None and tensor.fake_device.type == "cpu"
 
 
 def _describe(argument: Any, found: list[Any]) -> bool:
     if isinstance(argument, FakeTensor):
-        found += (argument.shape, argument.stride(), argument.dtype)
+        found += (argument.shape, argument.stride(), argument.dtype, argument.fake_device)
         return _may_be_described(argument)
     if isinstance(argument, torch.Tensor):
         return False
@@ -180,7 +248,7 @@ def _recipes(result: Any, args: Any) -> list[_Recipe] | _Recipe | None:
 
 def _recipe(result: Any, args: Any) -> _Recipe | None:
     """None: it is of another kind."""
-    if not isinstance(result, FakeTensor) or result.constant is not None or result.fake_device != _CPU:
+    if not isinstance(result, FakeTensor) or result.constant is not None or result.fake_device.type != "cpu":
         return None
     if result.layout != torch.strided or result.is_conj() or result.is_neg():
         return None
@@ -194,7 +262,7 @@ def _recipe(result: Any, args: Any) -> _Recipe | None:
     with torch._C._DisableTorchDispatch():
         fresh = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
     known = fresh.untyped_storage().nbytes() == storage.nbytes() and result.storage_offset() == 0
-    return _Recipe(None, *kind) if known else None
+    return _Recipe(None, *kind, device=result.fake_device) if known else None
 
 
 def _sliced(tensor: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
@@ -216,33 +284,7 @@ _VIEWS: dict[Any, Callable[..., Any]] = {
 }
 
 
-class Answers(TorchDispatchMode):
-    """What a step asks its numbers, answered as where all is well: numbers are finite, and every token is a target.
-
-    Counts of steps, which are made from constants alone, have their true value.
-    """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the wrapper that says so takes as long as an operation
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "prim":  # asks for attributes, often
-            return func(*args, **(kwargs or {}))
-        if func is _ATEN.nonzero.default:
-            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
-        if func is _ATEN._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
-            return _answer(args[0])
-        result = func(*args, **(kwargs or {}))
-        if func in _CONSTANTS and isinstance(result, FakeTensor) and result.numel() == 1:
-            with unset_fake_temporarily():
-                result.constant = func(*args, **(kwargs or {}))
-            result.fake_mode.fake_tensor_converter.add_constant_storage_mapping(result)
-        if func in _NO:
-            result.collie_no = True
-        return result
-
-
+_DEVICE = torch.ops.prim.device.default
 _ATEN = torch.ops.aten
 _CONSTANTS = (_ATEN.zeros.default, _ATEN.ones.default, _ATEN.full.default)
 _NO = (_ATEN.any.default, _ATEN.logical_not.default)  # with which one asks whether anything is wrong

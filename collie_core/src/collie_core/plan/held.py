@@ -24,6 +24,7 @@ def held(parts: Parts) -> Iterator[Held]:
     states = parts.step.states
     copies = [parameter for group in states.optimizer.param_groups for parameter in group["params"]]
     kept = [value for state in states.optimizer.state.values() for value in state.values()]
+    yield "gradients", [copy.grad for copy in copies]
     yield "optimizer state", [*copies, *(value for value in kept if isinstance(value, Tensor))]
     of_engine = getattr(states, "held", None)  # of ZeRO
     yield from () if of_engine is None else of_engine().items()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 LIVE = 10**9  # parameters; DeepSpeed's defaults of stage3_max_live_parameters and stage3_max_reuse_distance
+GROUP = 10**9  # parameters; DeepSpeed's default of sub_group_size
 BUCKET = 5 * 10**8  # parameters; DeepSpeed's default of reduce_bucket_size
 MOST = 6  # layers that are traced for the sake of buckets which need more
 
@@ -27,25 +28,38 @@ class Layers:
 
     of_stage: tuple[int, ...]
     parameters: int  # of one layer, on all tensor-parallel ranks together
+    others: int  # parameters of the rest of the model, likewise
 
-    def depths(self, config: RunConfig) -> tuple[int, int] | None:
+    def depths(self, config: RunConfig, copies: int) -> tuple[int, int] | None:
         """Of how few layers two traces show how memory grows with more of them; None: no fewer than half of all.
 
-        With ZeRO-3 that is after so many that no more parameters are gathered at a time, and buckets are full. Those
-        of ZeRO 1 and 2 are not filled alike, so the second trace has about as many layers more as fill a bucket or a
-        few: where one ends in both, one ends in the whole model.
+        With ZeRO-3 that is after so many that no more parameters are gathered at a time, and buckets are full. No few
+        stand for all where its optimizer goes through a rank's share in several groups.
+
+        The buckets of ZeRO 1 and 2 are not filled alike, so the second trace has about as many layers more as fill a
+        bucket or a few: where one ends in both, one ends in the whole model.
         """
         stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
-        each = self.parameters / config.parallel.tensor_parallel_size
+        tensor = config.parallel.tensor_parallel_size
+        each = self.parameters / tensor
         bucket = int(zero.get("reduce_bucket_size", BUCKET))
         first, more = 2, 1
         if stage == 3:
+            share = (max(self.of_stage) * self.parameters + self.others) / (tensor * copies)
+            if _updates_groups(config) and share > int(zero.get("sub_group_size", GROUP)):
+                return None
             names = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
             live = max(int(zero.get(name, LIVE)) for name in names)
             first = max(3, math.ceil((live + bucket) / each) + 1)
         elif stage:
             first, more = min(MOST, max(3, math.ceil(bucket / each) + 1)), _period(bucket / each)
         return (first, first + more) if first + more <= min(self.of_stage) // 2 else None
+
+
+def _updates_groups(config: RunConfig) -> bool:
+    """Whether DeepSpeed updates all parameters: not those under an adapter, nor if backward updates them."""
+    can: Any = config.registry.component("optimizer", config.optimizer.type).can
+    return config.adapter is None and not can.fuses_backward
 
 
 def _period(bucket: float) -> int:
@@ -78,8 +92,13 @@ def layers_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Layers |
     layers = list(getattr(model.base_model, cut.layers))
     if getattr(stock, "num_hidden_layers", None) != len(layers) or not _alike(stock, layers):
         return None
-    parameters = sum(parameter.numel() for parameter in layers[0].parameters())
-    return Layers(tuple(len(cut.owned_layers(stage)) for stage in range(cut.pipeline_size)), parameters)
+    each, whole = _parameters(layers[0]), _parameters(model)
+    of_stage = tuple(len(cut.owned_layers(stage)) for stage in range(cut.pipeline_size))
+    return Layers(of_stage, each, whole - len(layers) * each)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def set_layers(config: PretrainedConfig, number: int) -> None:

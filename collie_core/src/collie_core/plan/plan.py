@@ -19,8 +19,6 @@ from collie_core.plan.predict import RankPrediction, RankTrace, extended_peaks, 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
 
-GPU_GRANULARITY = 512  # bytes; torch/c10: CUDACachingAllocator, kMinBlockSize
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -87,6 +85,7 @@ class Plan:
     dtype: str
     batch: str
     kinds: tuple[Kind, ...]
+    offloads: bool = False  # from the memory of GPUs to that of the host
 
     @property
     def largest(self) -> Kind:
@@ -97,6 +96,11 @@ class Plan:
     def predicted(self) -> dict[int, int]:
         """Bytes at the peak of each rank."""
         return {rank: kind.predicted for kind in self.kinds for rank in kind.ranks}
+
+    @property
+    def host(self) -> dict[int, int]:
+        """The same of host memory: from when the model stands on."""
+        return {rank: kind.prediction.host_peak.total for kind in self.kinds for rank in kind.ranks}
 
 
 def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
@@ -120,7 +124,7 @@ def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
     require_parts(config, model=False, train_data=True)
     shape = Shape.of(config, processes)
     batch = str(config.batch_sizes(shape.dp))
-    predict = _Predictor(config, shape, GPU_GRANULARITY if gpu else 1)
+    predict = _Predictor(config, shape, gpu=gpu)
     copies = [0]
     if config.parallel.zero_stage in (1, 2) and shape.dp > 1:
         copies.append(shape.dp - 1)  # they own the ends of flat tensors, and send on the rest at other moments
@@ -131,26 +135,27 @@ def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
         for place in sorted(found)
         if (places := list(_alike(place, found, shape)))
     )
-    return Plan(shape, config.model.dtype, batch, tuple(kinds))
+    return Plan(shape, config.model.dtype, batch, tuple(kinds), gpu and config.parallel.offloads)
 
 
 class _Predictor:
     """Predicts ranks, in a process each; from a few layers where these stand for all."""
 
-    def __init__(self, config: RunConfig, shape: Shape, granularity: int) -> None:
+    def __init__(self, config: RunConfig, shape: Shape, *, gpu: bool) -> None:
         self.config = config
         self.shape = shape
-        self.granularity = granularity
+        self.gpu = gpu
         self.of_stage: tuple[int, ...] = ()  # layers
         self.depths: tuple[int, int] | None = None  # of the two traces; None: of one with all layers
-        if config.parallel.zero_stage not in (1, 2):  # whose buckets let a few only nearly stand for all
+        offloads = gpu and config.parallel.offloads  # whose pinned memory has a size of its own
+        if config.parallel.zero_stage not in (1, 2) and not offloads:  # whose buckets let few only nearly stand for all
             layers = layers_of(config, build_tokenizer(config.tokenizer, config.model))
             if layers is not None:
-                self.of_stage, self.depths = layers.of_stage, layers.depths(config)
+                self.of_stage, self.depths = layers.of_stage, layers.depths(config, shape.dp)
 
     def __call__(self, places: Sequence[Place]) -> dict[Place, RankPrediction]:
         if self.depths is not None:
-            traces = self._each(trace_rank, places, self.depths)
+            traces = self._each(_trace, places, self.depths)
             pairs = list(zip(traces[::2], traces[1::2], strict=True))
             if all(alike(low.sections, high.sections) for low, high in pairs):
                 return {
@@ -160,15 +165,20 @@ class _Predictor:
         return dict(zip(places, self._each(_predict, places, (None,)), strict=True))
 
     def _each(self, function: Callable[..., Any], places: Sequence[Place], depths: Sequence[int | None]) -> list[Any]:
-        ranks = [(self.shape.rank(place), self.shape.processes, self.granularity) for place in places]
-        return each_in_child(function, [(self.config, *rank, depth) for rank in ranks for depth in depths])
+        ranks = [self.shape.rank(place) for place in places]
+        calls = [(self.config, rank, self.shape.processes, depth, self.gpu) for rank in ranks for depth in depths]
+        return each_in_child(function, calls)
 
     def _read(self, low: RankTrace, high: RankTrace, depths: tuple[int, int], size: int) -> RankPrediction:
         return RankPrediction(extended_peaks(self.config, low, high, depths, size), low.twins, depths)
 
 
-def _predict(config: RunConfig, rank: int, processes: int, granularity: int, _: None) -> RankPrediction:
-    return predict_rank(config, rank, processes, granularity=granularity)
+def _predict(config: RunConfig, rank: int, processes: int, _: None, gpu: bool) -> RankPrediction:
+    return predict_rank(config, rank, processes, gpu=gpu)
+
+
+def _trace(config: RunConfig, rank: int, processes: int, layers: int, gpu: bool) -> RankTrace:
+    return trace_rank(config, rank, processes, layers, gpu=gpu)
 
 
 def _alike(place: Place, found: Mapping[Place, RankPrediction], shape: Shape) -> Iterator[Place]:
@@ -196,7 +206,9 @@ def as_object(plan: Plan, measured: Sequence[int] | None) -> dict[str, Any]:
             "phase": peak.phase,
             "layers_traced": kind.prediction.layers or "all",
             "components": peak.components,
-            "phases": {phase: found.total for phase, found in kind.prediction.peaks.items()},
+            "phases": {phase: found.total for phase, found in kind.prediction.peaks["device"].items()},
+            "predicted_host_peak_bytes": kind.prediction.host_peak.total,
+            "host_components": kind.prediction.host_peak.components,
         }
         if measured is not None:
             own["measured_peak_bytes"] = measured[rank]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, cast
@@ -18,11 +18,11 @@ from collie_core.model.part import part_of
 from collie_core.model.stages import stage_of
 from collie_core.model.weights import ShardReader, assign
 from collie_core.plan.extend import Trace, extended
-from collie_core.plan.fake import fake_rank
+from collie_core.plan.fake import GPU, fake_rank
 from collie_core.plan.held import held, weights
 from collie_core.plan.layers import set_layers
 from collie_core.plan.rehearse import Moment, RehearsedParts, rehearse
-from collie_core.plan.trace import MemoryTrace, Peak, Section
+from collie_core.plan.trace import HOST, WHERE, MemoryTrace, Peak, Section, Where
 from collie_core.plan.work import Work
 from collie_core.topology import Topology
 
@@ -35,35 +35,50 @@ if TYPE_CHECKING:
     from collie_core.data.loader import Batch
     from collie_core.model.weights import Read, Store
 
+Peaks = dict[Where, dict[str, Peak]]
+"""Of each memory, and each phase."""
+
+GPU_GRANULARITY = 512  # bytes; torch/c10: CUDACachingAllocator, kMinBlockSize
+
 
 @dataclass(frozen=True)
 class RankPrediction:
     """What a rank is predicted to hold."""
 
-    peaks: dict[str, Peak]  # of each phase
+    peaks: Peaks
     twins: tuple[int, ...]  # for each tensor-parallel rank the first one that holds tensors of the same shapes
     layers: tuple[int, int] | None = None  # of the two traces that it is read from; None: of one with all
 
     @property
     def peak(self) -> Peak:
         """Of the whole step, and of the building of the engine before it."""
-        return max(self.peaks.values(), key=lambda peak: peak.total)
+        return highest(self.peaks["device"])
+
+    @property
+    def host_peak(self) -> Peak:
+        """The same of host memory."""
+        return highest(self.peaks["host"])
 
 
-def predict_rank(config: RunConfig, rank: int, world_size: int, *, granularity: int = 1) -> RankPrediction:
+def highest(peaks: Mapping[str, Peak]) -> Peak:
+    """Of all phases."""
+    return max(peaks.values(), key=lambda peak: peak.total)
+
+
+def predict_rank(config: RunConfig, rank: int, world_size: int, *, gpu: bool = False) -> RankPrediction:
     """The peaks of a training step on one rank. For a process that ends with it; see `fake_rank`.
 
     Args:
         config: of the run.
         rank, world_size: the rank, and the number of all.
-        granularity: see `MemoryTrace`.
+        gpu: whether its device is a GPU, with memory of its own.
 
     Raises:
         CollieError: the run cannot be, or not be planned.
     """
-    trace = MemoryTrace(granularity)
+    trace = _trace(gpu, rounds_pinned=True)
     parts = _rehearsed(config, rank, world_size, trace)
-    return RankPrediction(trace.peaks(), _twins(parts))
+    return RankPrediction({where: trace.peaks(where) for where in WHERE}, _twins(parts))
 
 
 @dataclass(frozen=True)
@@ -75,9 +90,10 @@ class RankTrace:
     twins: tuple[int, ...]  # as in `RankPrediction`
 
 
-def trace_rank(config: RunConfig, rank: int, world_size: int, granularity: int, layers: int | None) -> RankTrace:
+def trace_rank(config: RunConfig, rank: int, world_size: int, layers: int | None, *, gpu: bool) -> RankTrace:
     """See `predict_rank`; each pipeline stage has so many layers, whatever the model has."""
-    trace = MemoryTrace(granularity, work=Work())
+    trace = _trace(gpu, rounds_pinned=layers is None)  # what is rounded does not grow alike with each layer
+    trace.work = Work()
     steps: list[Work] = []
 
     def reached(moment: Moment) -> None:
@@ -90,12 +106,15 @@ def trace_rank(config: RunConfig, rank: int, world_size: int, granularity: int, 
     return RankTrace(trace.sections(), (steps[1], steps[2]), _twins(parts))
 
 
-def extended_peaks(
-    config: RunConfig, low: RankTrace, high: RankTrace, depths: tuple[int, int], size: int
-) -> dict[str, Peak]:
+def extended_peaks(config: RunConfig, low: RankTrace, high: RankTrace, depths: tuple[int, int], size: int) -> Peaks:
     """The peaks of each phase with `size` layers, from two alike traces of a rank with so few."""
     few, more = (Trace(depth, each.sections) for depth, each in zip(depths, (low, high), strict=True))
-    return extended(few, more, size, bounded=config.parallel.zero_stage == 3)
+    bounded = config.parallel.zero_stage == 3
+    return {where: extended(few, more, size, where, bounded=bounded) for where in WHERE}
+
+
+def _trace(gpu: bool, *, rounds_pinned: bool) -> MemoryTrace:
+    return MemoryTrace(GPU_GRANULARITY, GPU, rounds_pinned) if gpu else MemoryTrace()
 
 
 def _rehearsed(
@@ -110,7 +129,7 @@ def _rehearsed(
     _require_plannable(config)
     zero = config.parallel.zero_stage > 0
     with fake_rank(rank, world_size, trace, packing=config.data.packing, zero=zero):
-        parts = FakeParts(config, layers)
+        parts = FakeParts(config, layers, trace.device)
         follower = _Follower(parts, trace)
         for moment in rehearse(parts):
             follower.reached(moment)
@@ -122,15 +141,8 @@ def _require_plannable(config: RunConfig) -> None:
     """Refuse what fake tensors cannot tell.
 
     Raises:
-        RunError: tensors would lie in host memory, or in a form that only a GPU makes.
+        RunError: tensors would lie in a form that only a GPU makes.
     """
-    parallel = config.parallel
-    for key, value in (("offload_optimizer", parallel.offload_optimizer), ("offload_param", parallel.offload_param)):
-        if value:
-            raise RunError(
-                f"parallel.{key}=true cannot be planned: the trace does not tell memory of the device from that of the "
-                f"host; plan with parallel.{key}=false for what the device holds at most"
-            )
     if config.model.quantization is not None:
         raise RunError(
             f"model.quantization={config.model.quantization} cannot be planned: its weights take their form on a GPU "
@@ -147,12 +159,15 @@ def _twins(parts: FakeParts) -> tuple[int, ...]:
     return tuple(shapes.index(own) for own in shapes)
 
 
+@dataclass(frozen=True)
 class _Topology(Topology):
     """Where this rank stands among others that are not there, and are taken to be in the same state."""
 
+    own_device: torch.device = HOST
+
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")  # fake tensors need no other
+        return self.own_device
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value] * self.world_size
@@ -167,17 +182,18 @@ class FakeParts(RehearsedParts):
     Args:
         config: of the run.
         layers: how many each pipeline stage has; None: as the model is.
+        device: of its tensors.
     """
 
-    def __init__(self, config: RunConfig, layers: int | None = None) -> None:
+    def __init__(self, config: RunConfig, layers: int | None = None, device: torch.device = HOST) -> None:
         if layers is not None:
             cuts = {"pipeline_cuts": [layers] * config.parallel.pipeline_parallel_size}
             config = config.model_copy(update={"parallel": config.parallel.model_copy(update=cuts)})
         super().__init__(config)
         self.layers = layers
         stands = {each.name: getattr(self.topology, each.name) for each in fields(Topology)}
-        self.topology = _Topology(**stands)
-        self.device = self.topology.device
+        self.topology = _Topology(**stands, own_device=device)
+        self.device = device
 
     def _stock_model(self) -> nn.Module:
         family, config = architecture(self.config.model, self.registry, self.tokenizer)

@@ -19,6 +19,9 @@ Changes = dict[str, str | int]
 Load = Callable[[Mapping[str, str | int]], "RunConfig"]
 """The configuration of the run with changes; raises a `CollieError` when that is refused."""
 
+Step = Callable[["RunConfig", Shape], Changes]
+"""What a run of so many processes would change; nothing: it is so already, or cannot be."""
+
 
 @dataclass(frozen=True)
 class Remedy:
@@ -33,13 +36,13 @@ class Remedy:
         return [f"{key}={value}" for key, value in self.changes.items()]
 
 
-def find_remedy(load: Load, processes: int, memory: int, *, gpu: bool) -> Remedy | None:
-    """The first of `LADDER`, each taken with those before it, with which the largest rank fits; None: not even all.
+def find_remedy(load: Load, processes: int, fits: Callable[[Plan], bool], *, gpu: bool) -> Remedy | None:
+    """The first step of `ladder`, each taken with those before it, with which the run fits; None: not even all.
 
     Args:
         load: gives the configuration.
         processes, gpu: see `make_plan`.
-        memory: bytes of each device.
+        fits: whether there is room for a plan.
 
     Raises:
         CollieError: the run as it is cannot be.
@@ -47,7 +50,7 @@ def find_remedy(load: Load, processes: int, memory: int, *, gpu: bool) -> Remedy
     """
     changes: Changes = {}
     config = load(changes)
-    for step in LADDER:
+    for step in ladder(gpu=gpu):
         more = step(config, Shape.of(config, processes))
         if not more:
             continue
@@ -59,7 +62,7 @@ def find_remedy(load: Load, processes: int, memory: int, *, gpu: bool) -> Remedy
         except CollieError:  # what is refused is no way out; the next may be
             continue
         changes, config = changes | more, changed
-        if plan.largest.predicted <= memory:
+        if fits(plan):
             return Remedy(changes, plan)
     return None
 
@@ -91,5 +94,17 @@ def _twice_the_tensor_parallelism(config: RunConfig, shape: Shape) -> Changes:
     }
 
 
-LADDER = (_checkpointing, _smallest_micro_batch, _shared_parameters, *3 * (_twice_the_tensor_parallelism,))
-"""From what costs the least time to what costs the most."""
+def _offloaded_optimizer(config: RunConfig, shape: Shape) -> Changes:
+    if config.parallel.offload_optimizer:
+        return {}
+    return {"parallel.zero_stage": max(2, config.parallel.zero_stage), "parallel.offload_optimizer": "true"}
+
+
+def _offloaded_parameters(config: RunConfig, shape: Shape) -> Changes:
+    return {} if config.parallel.offload_param else {"parallel.zero_stage": 3, "parallel.offload_param": "true"}
+
+
+def ladder(*, gpu: bool) -> tuple[Step, ...]:
+    """What makes a run smaller, from what costs the least time to what costs the most."""
+    steps = _checkpointing, _smallest_micro_batch, _shared_parameters, *3 * (_twice_the_tensor_parallelism,)
+    return (*steps, _offloaded_optimizer, _offloaded_parameters) if gpu else steps

@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from collie_core.plan.plan import Plan
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # Linux only
 # Limit, use, and what the kernel gives back of that by itself (the cache of files), in both versions of cgroups.
@@ -22,14 +26,31 @@ class Room:
     nbytes: int
     ranks: int
     gpu: str = ""  # its name
+    host: Room | None = None  # for what GPUs offload; None: as much as they need
 
     @classmethod
     def here(cls) -> Room:
         """Of the GPU of this process, or of this machine. Does not take hold of the GPU."""
         if torch.cuda.is_available():
             device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
-            return cls(device.total_memory, 1, device.name)
+            return cls(device.total_memory, 1, device.name, cls._main_memory())
+        return cls._main_memory()
+
+    @classmethod
+    def _main_memory(cls) -> Room:
         return cls(free_memory(), ranks_of_this_machine())
+
+    def holds(self, plan: Plan) -> bool:
+        """Whether all ranks fit."""
+        return not self.short(plan) and not self.host_short(plan)
+
+    def short(self, plan: Plan) -> int:
+        """Bytes that ranks need more than there are."""
+        return max(0, self.needed(plan.predicted) - self.nbytes)
+
+    def host_short(self, plan: Plan) -> int:
+        """The same of host memory, for what is offloaded."""
+        return 0 if self.host is None or not plan.offloads else max(0, self.host.needed(plan.host) - self.host.nbytes)
 
     def needed(self, held: Mapping[int, int]) -> int:
         """The most that ranks who share such memory hold together; `held` has the bytes of each rank."""

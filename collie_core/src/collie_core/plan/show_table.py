@@ -10,7 +10,8 @@ from collie_core.plan.plan import as_object
 from collie_core.plan.show import bytes_text
 from collie_core.plan.table import Machines, Ranked, Table
 
-COLUMNS = ("", "tp", "pp", "dp", "ZeRO", "checkpointing", "micro-batch", "peak", "tokens/s", "s/step")
+COLUMNS = ("", "tp", "pp", "dp", "ZeRO", "offload", "checkpointing", "micro-batch", "peak", "tokens/s", "s/step")
+OFFLOAD = COLUMNS.index("offload")
 SHOWN = 20
 
 
@@ -21,7 +22,9 @@ def table_text(table: Table, machines: Machines) -> str:
     if not table.ranked:
         return f"none of {table.tried} strategies fits on {gpus}; take more, an adapter, or a smaller data.max_length"
     rows = [COLUMNS, *(_row(number, one) for number, one in enumerate(table.ranked[:SHOWN], 1))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    if not any(row[OFFLOAD] for row in rows[1:]):
+        rows = [(*row[:OFFLOAD], *row[OFFLOAD + 1 :]) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     more = [f"and {len(table.ranked) - SHOWN} more"] if len(table.ranked) > SHOWN else []
     best = table.ranked[0].strategy.changes
@@ -38,12 +41,14 @@ def table_object(table: Table, machines: Machines) -> dict[str, Any]:
         "gpus": machines.gpus,
         "nodes": machines.nodes,
         "gpu_memory_bytes": machines.memory,
+        "host_memory_bytes": machines.host_memory,
         "hardware": asdict(hardware) | shares,
         "strategies_tried": table.tried,
         "strategies": [
             {
                 "overrides": [f"{key}={value}" for key, value in one.strategy.changes.items()],
                 "predicted_peak_bytes": one.peak.total,
+                "predicted_host_peak_bytes": one.host,
                 "phase": one.peak.phase,
                 "components": one.peak.components,
                 "predicted_tokens_per_s": one.tokens_per_s,
@@ -59,7 +64,7 @@ def table_object(table: Table, machines: Machines) -> dict[str, Any]:
 def _row(number: int, one: Ranked) -> tuple[str, ...]:
     strategy = one.strategy
     shape = strategy.shape
-    about = "~" if one.layers_traced and strategy.zero_stage in (1, 2) else ""
+    about = "~" if one.layers_traced and (strategy.zero_stage in (1, 2) or strategy.offload) else ""
     chosen = [value for _, value in strategy.choices]
     return (
         " ".join([str(number), *chosen]),
@@ -67,6 +72,7 @@ def _row(number: int, one: Ranked) -> tuple[str, ...]:
         str(shape.pp),
         str(shape.dp),
         str(strategy.zero_stage),
+        f"{'+'.join(strategy.offload)}: {about}{bytes_text(one.host)}" if strategy.offload else "",
         strategy.checkpointing,
         f"{strategy.micro_batch} x {strategy.accumulation}",
         about + bytes_text(one.peak.total),
@@ -77,17 +83,20 @@ def _row(number: int, one: Ranked) -> tuple[str, ...]:
 
 def _speed_lines(machines: Machines) -> list[str]:
     hardware = machines.hardware
-    flops, link, network, memory = (
+    flops, link, network, memory, host, host_memory = (
         f"{share:.0%} of {speed / unit:,.0f} {name}"
         for share, speed, unit, name in (
             (COMPUTE_SHARE, hardware.flops, 1e12, "TFLOP/s"),
             (LINK_SHARE, hardware.link, 1e9, "GB/s"),
             (LINK_SHARE, hardware.network, 1e9, "GB/s"),
             (MEMORY_SHARE, hardware.memory_speed, 1e9, "GB/s"),
+            (LINK_SHARE, hardware.host_link, 1e9, "GB/s"),
+            (MEMORY_SHARE, hardware.host_memory_speed, 1e9, "GB/s"),
         )
     )
     return [
         f"Speeds are those of a model, not measured: matrix products at {flops}, exchanges at {link} in a",
-        f"node and at {network} between nodes, updates at {memory}, and nothing overlaps",
+        f"node and at {network} between nodes, updates at {memory}, what is offloaded moved at {host}",
+        f"and updated at {host_memory}, and nothing overlaps",
         f"({hardware.source}). Peaks with ~ are read from a few layers of the model.",
     ]

@@ -7,7 +7,7 @@ the whole; see `extend`.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -16,21 +16,25 @@ from unittest.mock import patch
 import torch
 
 from collie_core.data.tokenizer import build_tokenizer
-from collie_core.errors import CollieError, RunError
+from collie_core.errors import CollieError
 from collie_core.plan.children import each_in_child
-from collie_core.plan.extend import Trace, alike, extended
+from collie_core.plan.extend import alike
 from collie_core.plan.hardware import COMPUTE_SHARE, LINK_SHARE, MEMORY_SHARE, Hardware
 from collie_core.plan.layers import Layers, layers_of
-from collie_core.plan.plan import GPU_GRANULARITY, Place, Plan, Shape, make_plan
-from collie_core.plan.predict import RankTrace, extended_peaks, trace_rank
+from collie_core.plan.plan import Place, Plan, Shape, make_plan
+from collie_core.plan.predict import Peaks, RankTrace, extended_peaks, highest, trace_rank
 from collie_core.plan.remedy import Changes, Load
-from collie_core.plan.trace import Peak
+from collie_core.plan.trace import WHERE, Peak
 from collie_core.plan.work import Work, extended_work
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
 
 LARGEST_MICRO_BATCH = 8
+OFFLOADS = ((), ("optimizer",), ("optimizer", "param"))
+
+Choice = tuple[tuple[str, str], ...]
+"""An optimizer and an adapter, where several are compared, as overrides."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Strategy:
     checkpointing: str
     micro_batch: int
     accumulation: int
-    choices: tuple[tuple[str, str], ...] = ()  # optimizer and adapter, where several are compared
+    offload: tuple[str, ...] = ()  # of OFFLOADS
+    choices: Choice = ()
 
     @property
     def changes(self) -> Changes:
@@ -52,6 +57,7 @@ class Strategy:
             "parallel.pipeline_parallel_size": self.shape.pp,
             "parallel.data_parallel_size": self.shape.dp,
             "parallel.zero_stage": self.zero_stage,
+            **{f"parallel.offload_{what}": str(what in self.offload).lower() for what in OFFLOADS[-1]},
             "model.gradient_checkpointing": self.checkpointing,
             "train.per_device_train_batch_size": self.micro_batch,
             "train.gradient_accumulation_steps": self.accumulation,
@@ -65,6 +71,7 @@ class Ranked:
 
     strategy: Strategy
     peak: Peak  # of the rank that holds the most
+    host: int  # bytes of host memory, of the rank that holds the most there
     step_s: float
     tokens_per_s: float  # of all GPUs together
     layers_traced: tuple[int, int] | None  # of each stage in the two traces; None: all in one
@@ -87,6 +94,7 @@ class Machines:
     gpus: int
     nodes: int
     memory: int  # bytes of each GPU
+    host_memory: int | None = None  # bytes of each node, for what is offloaded; None: as much as is needed
 
     @property
     def per_node(self) -> int:
@@ -96,14 +104,18 @@ class Machines:
     def seconds(self, work: Work, dtype: str) -> float:
         """For what one rank computes and exchanges, one after the other."""
         flops = self.hardware.flops_float32 if dtype == "float32" else self.hardware.flops
-        found = work.flops / (flops * COMPUTE_SHARE)
+        found = work.flops / (flops * COMPUTE_SHARE) + work.moved / (self.hardware.host_link * LINK_SHARE)
         for ranks, nbytes in work.sent.items():
             one_node = len({rank // self.per_node for rank in ranks}) == 1
             found += nbytes / ((self.hardware.link if one_node else self.hardware.network) * LINK_SHARE)
         return found
 
+    def holds(self, peak: Peak, host: int) -> bool:
+        """Whether ranks fit that hold so much."""
+        return peak.total <= self.memory and (self.host_memory is None or host * self.per_node <= self.host_memory)
 
-def make_table(load: Load, machines: Machines, choices: Sequence[tuple[tuple[str, str], ...]] = ((),)) -> Table:
+
+def make_table(load: Load, machines: Machines, choices: Sequence[Choice] = ((),)) -> Table:
     """Trace the strategies for so many GPUs. For a process that does nothing else: it loads what its children need.
 
     Args:
@@ -114,19 +126,11 @@ def make_table(load: Load, machines: Machines, choices: Sequence[tuple[tuple[str
     Raises:
         CollieError: the run as it is cannot be.
     """
-    if machines.gpus % machines.nodes:
-        raise RunError(f"--nodes {machines.nodes}: {machines.gpus} GPUs cannot stand in so many alike")
     search = _Search(load, machines)
-    known = [strategy for choice in choices for strategy in search.smallest(choice)]
     found: list[Ranked] = []
-    too_large: set[Strategy] = set()
-    for checkpointing in ("full", "none"):  # what does not fit with it does not fit without it either
-        for stage in range(4):
-            rung = [one for one in known if (one.checkpointing, one.zero_stage) == (checkpointing, stage)]
-            tried = [one for one in rung if search.worth_while(one, found, too_large)]
-            fitting = search.fitting(tried)
-            too_large |= set(tried) - {one.strategy for one in fitting}
-            found += fitting
+    for offload in OFFLOADS:  # where nothing fits with less of it
+        fitting = {(one.strategy.shape, one.strategy.choices) for one in found}
+        found += search.climb([one for choice in choices for one in search.smallest(choice, offload, fitting)])
     grown = [one for one in found if one.strategy.zero_stage == 3]
     while grown:  # each micro-batch gathers all parameters
         grown = search.fitting([larger for one in grown for larger in search.with_twice_the_rows(one.strategy)])
@@ -134,8 +138,9 @@ def make_table(load: Load, machines: Machines, choices: Sequence[tuple[tuple[str
     found.sort(key=lambda one: (-one.tokens_per_s, one.peak.total))
     while found:  # the first is planned in whole
         plan = make_plan(load(found[0].strategy.changes), machines.gpus, gpu=True)
-        if plan.largest.predicted <= machines.memory:
-            found[0] = replace(found[0], peak=plan.largest.prediction.peak, layers_traced=None)
+        peak, host = plan.largest.prediction.peak, max(plan.host.values()) if plan.offloads else 0
+        if machines.holds(peak, host):
+            found[0] = replace(found[0], peak=peak, host=host, layers_traced=None)
             return Table(tuple(found), plan, search.tried)
         del found[0]
     return Table((), None, search.tried)
@@ -157,14 +162,20 @@ class _Search:
 
     # -- what to try -----------------------------------------------------------------------------------------------
 
-    def smallest(self, choice: tuple[tuple[str, str], ...]) -> Iterator[Strategy]:
-        """Each strategy that is not refused, with the fewest rows in a micro-batch that it may have."""
-        for shape in self._shapes():
+    def smallest(self, choice: Choice, offload: tuple[str, ...], without: Collection[Any]) -> Iterator[Strategy]:
+        """Each strategy that is not refused, with the fewest rows in a micro-batch that it may have.
+
+        Args:
+            choice: of optimizer and adapter.
+            offload: one of `OFFLOADS`.
+            without: shapes, each with a choice, that are left out.
+        """
+        for shape in (shape for shape in self._shapes() if (shape, choice) not in without):
             each_rank = self.samples // shape.dp
-            for zero_stage, checkpointing in product(range(4 if shape.dp > 1 else 1), ("full", "none")):
+            for zero_stage, checkpointing in product(_stages(shape, offload), ("full", "none")):
                 sizes = [size for size in (2**power for power in range(32)) if each_rank % size == 0]
                 tried = (
-                    Strategy(shape, zero_stage, checkpointing, size, each_rank // size, choice)
+                    Strategy(shape, zero_stage, checkpointing, size, each_rank // size, offload, choice)
                     for size in dict.fromkeys([*sizes, each_rank])
                 )
                 if found := next(filter(self._allowed, tried), None):
@@ -214,6 +225,19 @@ class _Search:
 
     # -- what fits -------------------------------------------------------------------------------------------------
 
+    def climb(self, known: Sequence[Strategy]) -> list[Ranked]:
+        """Those that fit, tried from what exchanges and computes least, so that most of the others need no trace."""
+        found: list[Ranked] = []
+        too_large: set[Strategy] = set()
+        for checkpointing in ("full", "none"):  # what does not fit with it does not fit without it either
+            for stage in range(4):
+                rung = [one for one in known if (one.checkpointing, one.zero_stage) == (checkpointing, stage)]
+                tried = [one for one in rung if self.worth_while(one, found, too_large)]
+                fitting = self.fitting(tried)
+                too_large |= set(tried) - {one.strategy for one in fitting}
+                found += fitting
+        return found
+
     def fitting(self, strategies: Sequence[Strategy]) -> list[Ranked]:
         """Those that fit, with their speed."""
         ranked: list[Ranked | None] = []
@@ -227,7 +251,7 @@ class _Search:
             left = [job.strategy for job, traces in traced if job.unlike(traces)]
             ranked += [job.ranked(traces, self.machines) for job, traces in traced if not job.unlike(traces)]
         self.tried += len(ranked)
-        return [one for one in ranked if one is not None and one.peak.total <= self.machines.memory]
+        return [one for one in ranked if one is not None and self.machines.holds(one.peak, one.host)]
 
     def _warm_up(self, job: _Job) -> None:
         """Trace in this process what its children will, so that they find everything loaded, and operations known.
@@ -243,7 +267,7 @@ class _Search:
 
 def _trace(config: RunConfig, rank: int, gpus: int, layers: int | None) -> RankTrace | None:
     try:
-        return trace_rank(config, rank, gpus, GPU_GRANULARITY, layers)
+        return trace_rank(config, rank, gpus, layers, gpu=True)
     except CollieError:  # what is refused when the model stands is no strategy either
         return None
 
@@ -263,7 +287,7 @@ class _Job:
     def of(cls, strategy: Strategy, config: RunConfig, search: _Search, *, whole: bool) -> _Job:
         """With all layers when the `whole` model is to be traced, or few of them do not stand for it."""
         shape, layers = strategy.shape, search.layers(config)
-        depths = None if layers is None or whole else layers.depths(config)
+        depths = None if layers is None or whole else layers.depths(config, shape.dp)
         stages = sorted({0, shape.pp - 1})
         ranks = [shape.rank(Place(stage, 0, 0)) for stage in stages]
         calls = [(config, rank, shape.processes, depth) for rank in ranks for depth in depths or (None,)]
@@ -279,9 +303,11 @@ class _Job:
             self._stage(stage, known[number * each : (number + 1) * each]) for number, stage in enumerate(self.stages)
         ]
         seconds = max(self._seconds(peaks, steps, machines) for peaks, steps in of_stages)
-        peak = max((peak for peaks, _ in of_stages for peak in peaks.values()), key=lambda peak: peak.total)
+        most = [{where: highest(peaks[where]) for where in WHERE} for peaks, _ in of_stages]
+        peak = max((each["device"] for each in most), key=lambda peak: peak.total)
+        host = max(each["host"].total for each in most) if self.strategy.offload else 0
         tokens = self.config.batch_sizes(self.strategy.shape.dp).total * self.config.data.max_length
-        return Ranked(self.strategy, peak, seconds, tokens / seconds, self.depths)
+        return Ranked(self.strategy, peak, host, seconds, tokens / seconds, self.depths)
 
     def unlike(self, traces: Sequence[RankTrace | None]) -> bool:
         """Whether few layers do not stand for many."""
@@ -290,11 +316,11 @@ class _Job:
             low is not None and high is not None and not alike(low.sections, high.sections) for low, high in pairs
         )
 
-    def _stage(self, stage: int, traces: Sequence[RankTrace]) -> tuple[dict[str, Peak], tuple[Work, Work]]:
-        """Peaks by phase, and the work of both steps."""
+    def _stage(self, stage: int, traces: Sequence[RankTrace]) -> tuple[Peaks, tuple[Work, Work]]:
+        """Peaks, and the work of both steps."""
         if self.depths is None:
             (whole,) = traces
-            return extended(Trace(1, whole.sections), Trace(2, whole.sections), 1), whole.steps
+            return extended_peaks(self.config, whole, whole, (1, 2), 1), whole.steps
         low, high = traces
         size, (few, more) = self.of_stage[stage], self.depths
         peaks = extended_peaks(self.config, low, high, self.depths, size)
@@ -302,7 +328,7 @@ class _Job:
         first, second = (extended_work(*steps, times) for steps in zip(low.steps, high.steps, strict=True))
         return peaks, (first, second)
 
-    def _seconds(self, peaks: dict[str, Peak], steps: tuple[Work, Work], machines: Machines) -> float:
+    def _seconds(self, peaks: Peaks, steps: tuple[Work, Work], machines: Machines) -> float:
         """Of a step: of its micro-batches, with the bubble of the pipeline, and of what is done once."""
         pp, number = self.strategy.shape.pp, self.strategy.accumulation
         traced = min(number, 2 if pp == 1 else pp + 1)
@@ -312,12 +338,24 @@ class _Job:
             each = _difference(second, first).times(1 / (traced - 1))
             once = _difference(first, each)
         dtype = self.config.model.dtype
-        held = peaks["update"].components if "update" in peaks else {}
-        touched = 2 * sum(held.get(name, 0) for name in ("weights", "gradients", "optimizer state"))
-        update = touched / (machines.hardware.memory_speed * MEMORY_SHARE)
+        speeds = {"device": machines.hardware.memory_speed, "host": machines.hardware.host_memory_speed}
+        update = sum(_touched(peaks[where]) / (speeds[where] * MEMORY_SHARE) for where in WHERE)
         return machines.seconds(each, dtype) * (number + pp - 1) + machines.seconds(once, dtype) + update
+
+
+def _touched(peaks: Mapping[str, Peak]) -> int:
+    """Bytes that an update reads and writes."""
+    held = peaks["update"].components if "update" in peaks else {}
+    return 2 * sum(held.get(name, 0) for name in ("weights", "gradients", "optimizer state"))
+
+
+def _stages(shape: Shape, offload: tuple[str, ...]) -> Sequence[int]:
+    """Of ZeRO, that share something among the copies, or offload it."""
+    if "param" in offload:
+        return [3]
+    return range(1, 4) if offload else range(4 if shape.dp > 1 else 1)
 
 
 def _difference(more: Work, less: Work) -> Work:
     sent = {ranks: max(0, nbytes - less.sent[ranks]) for ranks, nbytes in more.sent.items()}
-    return Work(max(0, more.flops - less.flops), type(more.sent)(sent))
+    return Work(max(0, more.flops - less.flops), type(more.sent)(sent), max(0, more.moved - less.moved))

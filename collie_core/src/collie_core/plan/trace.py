@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -36,15 +36,17 @@ COMPONENTS = (
     "framework",
 )
 PHASES = ("setup", "forward", "backward", "update")
+HOST = torch.device("cpu")
+
+Where = Literal["device", "host"]
+"""The memory that a rank computes in, and the main memory of its machine. On a CPU the first is all there is."""
+WHERE: tuple[Where, ...] = get_args(Where)
 
 
 INTERNAL: dict[Any, Callable[..., int]] = {
     torch.ops.aten.logsumexp.default: lambda tensor, *_: tensor.numel() * tensor.element_size()
 }
 """Operations that copy an argument out of the sight of a trace: the bytes that they take, from their arguments."""
-
-
-_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Storage:
     nbytes: int
     phase: str  # in which it was made
     shape: tuple[int, ...]  # of its first tensor
+    where: Where = "device"
     component: str = ""  # as it was marked; "": not
     sent: bool = False  # whether a collective has read or written it
 
@@ -81,7 +84,8 @@ class Section:
 
     phase: str
     operations: tuple[Operation, ...]
-    held: NDArray[np.int64]  # bytes [operations, components]: at the moment of each one at which they add up to most
+    held: dict[Where, NDArray[np.int64]]
+    """Bytes [operations, components] at the moment of each operation at which they add up to most."""
 
 
 @dataclass
@@ -89,10 +93,16 @@ class MemoryTrace(TorchDispatchMode):
     """A log of storages that come and go, while it is entered.
 
     Args:
-        granularity: bytes that storages are rounded up to: 512 in torch's allocator of GPU memory, 1 on a CPU.
+        granularity: bytes that storages on the device are rounded up to: 512 in torch's allocator of GPU memory, 1 on
+            a CPU.
+        device: what lies elsewhere is in host memory.
+        rounds_pinned: whether pinned tensors take the room that torch gives them, a power of two bytes. See
+            torch/include/ATen/core/CachingHostAllocator.h, `allocate`.
     """
 
     granularity: int = 1
+    device: torch.device = HOST
+    rounds_pinned: bool = False
     phase: str = "setup"
     vocabularies: set[int] = field(default_factory=set)  # last dimensions of logits
     storages: list[Storage] = field(default_factory=list)
@@ -104,7 +114,7 @@ class MemoryTrace(TorchDispatchMode):
         self._live: dict[int, tuple[int, Any]] = {}  # by address: number, and a reference that tells its end
         self._operations: list[tuple[str, int]] = []  # (name, events of the log at its end)
         self._begin = 0
-        self._paused = False
+        self._paused = self._pinning = False
 
     def begin(self) -> None:
         """Peaks are those from here on; what exists now counts among them."""
@@ -119,35 +129,42 @@ class MemoryTrace(TorchDispatchMode):
         finally:
             self._paused = before
 
+    def pinned(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor in pinned host memory."""
+        self._pinning = self.rounds_pinned
+        try:
+            return tensor.clone()
+        finally:
+            self._pinning = False
+
     def mark(self, tensors: Iterable[Tensor | None], component: str) -> None:
         """Say what tensors are for; what is marked already stays so."""
         for tensor in tensors:
             if tensor is not None and (number := self._number(tensor)) is not None:
                 self.storages[number].component = self.storages[number].component or component
 
-    def peaks(self) -> dict[str, Peak]:
+    def peaks(self, where: Where = "device") -> dict[str, Peak]:
         """The peak of each phase that has passed, from `begin` on."""
         held, most = 0, dict.fromkeys(PHASES, -1)
         moments: dict[str, int] = {}
-        for moment, (_, change, phase) in enumerate(self._log):
-            held += change
+        for moment, (number, change, phase) in enumerate(self._log):
+            held += change if self.storages[number].where == where else 0
             if moment >= self._begin and held > most[phase]:
                 most[phase], moments[phase] = held, moment
-        return {phase: self._at(moment) for phase, moment in moments.items()}
+        return {phase: self._at(moment, where) for phase, moment in moments.items()}
 
     def sections(self) -> list[Section]:
         """What was held at each operation from `begin` on, in parts of one phase."""
-        changes = np.zeros((len(self._log) + 1, len(COMPONENTS)), np.int64)
+        changes = {where: np.zeros((len(self._log) + 1, len(COMPONENTS)), np.int64) for where in WHERE}
         for moment, (number, change, _) in enumerate(self._log):
-            changes[moment + 1, COMPONENTS.index(self._component(self.storages[number]))] = change
-        held = np.cumsum(changes, 0)
-        total = held.sum(1)
+            storage = self.storages[number]
+            changes[storage.where][moment + 1, COMPONENTS.index(self._component(storage))] = change
+        held = {where: np.cumsum(each, 0) for where, each in changes.items()}
         found = []
         for phase, spans in itertools.groupby(self._spans(), key=lambda span: self._log[span[1]][2]):
             listed = list(spans)
-            rows = [begin + 1 + int(total[begin + 1 : end + 2].argmax()) for begin, end, _ in listed]
             operations = tuple((name, self._shapes(begin, end)) for begin, end, name in listed)
-            found.append(Section(phase, operations, held[rows]))
+            found.append(Section(phase, operations, {where: _highest(each, listed) for where, each in held.items()}))
         return found
 
     def _shapes(self, begin: int, end: int) -> frozenset[tuple[int, ...]]:
@@ -162,11 +179,12 @@ class MemoryTrace(TorchDispatchMode):
                 yield begin, moment, ends.get(moment, "")
                 begin = moment + 1
 
-    def _at(self, moment: int) -> Peak:
+    def _at(self, moment: int, where: Where) -> Peak:
         """What was held after an event of the log."""
         held: dict[int, int] = {}
         for number, change, _ in itertools.islice(self._log, moment + 1):
-            held[number] = held.get(number, 0) + change
+            if self.storages[number].where == where:
+                held[number] = held.get(number, 0) + change
         found = dict.fromkeys(COMPONENTS, 0)
         for number, nbytes in held.items():
             found[self._component(self.storages[number])] += nbytes
@@ -186,16 +204,19 @@ class MemoryTrace(TorchDispatchMode):
         return False  # nothing is compiled here, and the wrapper that says so takes as long as an operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _DEVICE and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
-            return args[0].fake_device  # asked for more often than all operations together
         result = func(*args, **(kwargs or {}))
+        self.note(func, args, kwargs or {}, result)
+        return result
+
+    def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """An operation that was just done."""
         if self._paused or func.namespace == "prim":  # which asks for attributes
-            return result
-        for tensor in tree_iter(result):
+            return
+        for tensor in (result,) if isinstance(result, Tensor) else tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._number(tensor)
         if self.work is not None:
-            self.work.note(func, args, kwargs or {}, result)
+            self.work.note(func, args, kwargs, result)
         if (internal := INTERNAL.get(func)) is not None:
             self._pass_by(internal(*args), result)
         if func.namespace == "c10d":
@@ -204,7 +225,6 @@ class MemoryTrace(TorchDispatchMode):
                     self.storages[number].sent = True
         if not self._operations or len(self._log) > self._operations[-1][1]:
             self._operations.append((str(func), len(self._log)))
-        return result
 
     def _number(self, tensor: Tensor) -> int | None:
         """Of the storage of a tensor, which comes into the log when it is new; None where there are no bytes."""
@@ -213,19 +233,30 @@ class MemoryTrace(TorchDispatchMode):
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self._live:
-            nbytes = -(-storage.nbytes() // self.granularity) * self.granularity
-            if nbytes == 0 or _device_of(tensor).type == "meta":
+            device = _device_of(tensor)
+            if storage.nbytes() == 0 or device.type == "meta":
                 return None
-            number = len(self.storages)
-            self.storages.append(Storage(nbytes, self.phase, tuple(tensor.shape)))
+            number, where = len(self.storages), self._where(device)
+            nbytes = self._room(storage.nbytes(), where)
+            self.storages.append(Storage(nbytes, self.phase, tuple(tensor.shape), where))
             self._live[address] = number, weakref.ref(storage, lambda _: self._end(address))
             self._log.append((number, nbytes, self.phase))
         return self._live[address][0]
 
+    def _where(self, device: torch.device) -> Where:
+        return "device" if device == self.device else "host"
+
+    def _room(self, nbytes: int, where: Where) -> int:
+        """What an allocator takes for so many bytes."""
+        if where == "device":
+            return -(-nbytes // self.granularity) * self.granularity
+        return 1 << (nbytes - 1).bit_length() if self._pinning else nbytes
+
     def _pass_by(self, nbytes: int, result: Tensor) -> None:
         """Memory that an operation takes for itself and gives back."""
         number = len(self.storages)
-        self.storages.append(Storage(nbytes, self.phase, tuple(result.shape), "temporary"))
+        where = self._where(_device_of(result))
+        self.storages.append(Storage(nbytes, self.phase, tuple(result.shape), where, "temporary"))
         self._log += [(number, nbytes, self.phase), (number, -nbytes, self.phase)]
 
     def _end(self, address: int) -> None:
@@ -236,3 +267,9 @@ class MemoryTrace(TorchDispatchMode):
 def _device_of(tensor: Tensor) -> torch.device:
     """Without asking the tensor: a fake one would put the question through all modes, at the cost of an operation."""
     return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+
+
+def _highest(held: NDArray[np.int64], spans: Iterable[tuple[int, int, str]]) -> NDArray[np.int64]:
+    """Of each span the row with the largest sum, of those after its first event to after its last one."""
+    total = held.sum(1)
+    return held[[begin + 1 + int(total[begin + 1 : end + 2].argmax()) for begin, end, _ in spans]]

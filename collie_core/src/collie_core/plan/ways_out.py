@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from collie_core.errors import CollieError
 
@@ -57,7 +57,7 @@ def main() -> None:
     together = f", all {room.ranks} ranks" if room.ranks > 1 else ""
     _answer(f"{text.memory(peak.total)} at the peak, in {peak.phase}: {components_text(peak)}")
     least, found = max(request.short, round(LEAST * now)), 0
-    for changes in _candidates(config, Shape.of(config, request.processes)) if least < now else ():
+    for changes in _candidates(config, Shape.of(config, request.processes), gpu=request.gpu) if least < now else ():
         try:
             smaller = make_plan(changed(config, changes), request.processes, gpu=request.gpu)
         except Killed:
@@ -76,20 +76,20 @@ def _answer(line: str) -> None:
     print(json.dumps(line), flush=True)
 
 
-def _candidates(config: RunConfig, shape: Shape) -> Iterator[Changes]:
+def _candidates(config: RunConfig, shape: Shape, *, gpu: bool) -> Iterator[Changes]:
     """Each step of the ladder by itself, half the length, then steps together; none twice."""
     from collie_core.plan.before_run import changed
     from collie_core.plan.plan import Shape
-    from collie_core.plan.remedy import LADDER
+    from collie_core.plan.remedy import ladder
 
-    given: list[Changes] = [{}]
+    steps, given = ladder(gpu=gpu), cast("list[Changes]", [{}])
     half: Changes = {"data.max_length": config.data.max_length // 2}
-    for changes in [*(step(config, shape) for step in dict.fromkeys(LADDER)), half]:
+    for changes in [*(step(config, shape) for step in dict.fromkeys(steps)), half]:
         if changes not in given:
             given.append(changes)
             yield changes
     together: Changes = {}
-    for step in LADDER:
+    for step in steps:
         try:
             so_far = changed(config, together)
             more = step(so_far, Shape.of(so_far, shape.processes))

@@ -23,11 +23,14 @@ class Work:
 
     flops: int = 0
     sent: Counter[Ranks] = field(default_factory=Counter)  # bytes that pass this rank's link, for each group
+    moved: int = 0  # bytes between the device and host memory
 
     def note(self, func: Any, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
         """An operation that was just done."""
         if func.namespace == "c10d":
             self._note_exchange(func, args)
+        elif func in _COPIES:
+            self._note_copy(args[0], result if func is _TO else args[1])
         elif (count := _FLOPS.get(func)) is not None:
             self.flops += count(*args, **kwargs)
         elif (formula := flop_registry.get(func.overloadpacket)) is not None:
@@ -45,21 +48,26 @@ class Work:
             ranks = tuple(sorted((dist.get_rank(), args[2])))
         self.sent[ranks] += round(share * most)
 
+    def _note_copy(self, one: Tensor, other: Tensor) -> None:
+        if one.device != other.device:
+            self.moved += one.numel() * one.element_size()
+
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.sent + other.sent)
+        return Work(self.flops + other.flops, self.sent + other.sent, self.moved + other.moved)
 
     def times(self, factor: float) -> Work:
         """So many times as much."""
         sent = Counter({ranks: round(nbytes * factor) for ranks, nbytes in self.sent.items()})
-        return Work(round(self.flops * factor), sent)
+        return Work(round(self.flops * factor), sent, round(self.moved * factor))
 
 
 def extended_work(low: Work, high: Work, times: float) -> Work:
     """`low`, and so many times what `high` has more; nothing becomes negative."""
     groups = low.sent.keys() | high.sent.keys()
     sent = {ranks: low.sent[ranks] + times * (high.sent[ranks] - low.sent[ranks]) for ranks in groups}
-    flops = low.flops + times * (high.flops - low.flops)
-    return Work(max(0, round(flops)), Counter({ranks: max(0, round(nbytes)) for ranks, nbytes in sent.items()}))
+    flops, moved = low.flops + times * (high.flops - low.flops), low.moved + times * (high.moved - low.moved)
+    sent_of = Counter({ranks: max(0, round(nbytes)) for ranks, nbytes in sent.items()})
+    return Work(max(0, round(flops)), sent_of, max(0, round(moved)))
 
 
 def _group(args: Any) -> Any:
@@ -75,6 +83,9 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
 def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
     return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
 
+
+_TO = torch.ops.aten._to_copy.default
+_COPIES = (_TO, torch.ops.aten.copy_.default)
 
 # The table of torch has those of GPUs only.
 _FLOPS: dict[Any, Callable[..., int]] = {

@@ -76,7 +76,7 @@ def record(config: RunConfig, steps: int, folder: Path) -> list[Recording]:
     Args:
         config: with `overrides`.
         steps: how many are measured.
-        folder: where each rank puts its trace.
+        folder: where each rank puts its trace; it is there.
 
     Raises:
         CollieError: the run cannot be.
@@ -217,5 +217,4 @@ class _Recorder:
         self._profiler.__exit__(None, None, None)
         self._busy = busy_share(self._profiler)
         self._trace = self.folder / TRACE.format(rank=self._trainer.topology.rank)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self._trace))

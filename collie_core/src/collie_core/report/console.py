@@ -14,20 +14,18 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from collie_core.best import Mode, improves
+from collie_core.best import improves
 from collie_core.hookspecs import Run
 from collie_core.plugins import hookimpl
 from collie_core.report import text
 from collie_core.report.rundir import BEST, CONFIG, METRICS, REPORT
 
 if TYPE_CHECKING:
+    from collie_core.config.evaluation import Mode
     from collie_core.generate import SampleText
 
 TARGET_STYLE = "bold green"
 TARGET_MARKS = ("«", "»")  # where there is no colour
-
-
-_LESS_IS_BETTER: dict[str, Mode] = {"eval/loss": "min", "eval/perplexity": "min"}
 
 
 class ConsoleReporter:
@@ -153,7 +151,7 @@ class ConsoleReporter:
 
     def _result_lines(self, run: Run, results: Mapping[str, float]) -> Iterator[Text]:
         """One line for each result: name, value, change since the evaluation before, a mark at the best so far."""
-        directions = _LESS_IS_BETTER | _direction_of_best(run)
+        directions = _directions(run)
         names = [name.removeprefix("eval/") for name in results]
         width, digits = max(map(len, names), default=0), max(map(len, map(text.loss, results.values())), default=0)
         for short, (name, value) in zip(names, results.items(), strict=True):
@@ -225,10 +223,11 @@ class Clock:
         return self.elapsed() / done * (run.max_steps - run.step) if done > 0 else None
 
 
-def _direction_of_best(run: Run) -> dict[str, Mode]:
-    """What `evaluation.best` says about its metric."""
+def _directions(run: Run) -> dict[str, Mode]:
+    """Of the results that are known to be better when they are less or more; `evaluation.best` has the last word."""
     section = run.config.evaluation.best
-    return {} if section is None else {section.metric: section.mode}
+    known: dict[str, Mode] = run.facts.get("better", {})
+    return known if section is None or section.mode is None else known | {section.metric: section.mode}
 
 
 def summary_rows(run: Run) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from collie_core.data.dataset import segments
+from collie_core.evaluate.run import better
 from collie_core.report import text
 
 if TYPE_CHECKING:
@@ -34,10 +35,20 @@ def run_facts(parts: Parts) -> dict[str, Any]:
         "train_samples": len(samples),
         "train_tokens": samples.stats.tokens,
         "eval_samples": parts.eval_samples,
+        "better": _better(parts),
         "data_notes": samples.stats.lines(),
         "plugins": [f"{row['name']} ({row['distribution']} {row['version']})" for row in parts.registry.used()],
         "sample": segments(samples[0], parts.tokenizer),
     }
+
+
+def _better(parts: Parts) -> dict[str, str]:
+    """Whether less or more of a result of evaluations is better, "min" or "max", where that is known."""
+    found = {"eval/loss": "min"}
+    for section in parts.config.evaluation.evaluators if parts.given.eval_fn is None else ():
+        if parts.has_samples(section):
+            found |= better(parts.registry, section)
+    return found
 
 
 def _optimizer(parts: Parts, trainable: int) -> str:

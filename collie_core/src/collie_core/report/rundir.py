@@ -258,10 +258,18 @@ def _gpus() -> list[dict[str, Any]]:
     return [{"model": device.name, "memory_bytes": device.total_memory} for device in devices]
 
 
+_HEADER = re.compile(r"^(Name|Version):[ \t]*(.+)$", re.MULTILINE)
+
+
 def _packages() -> dict[str, str]:
-    headers = [item.metadata for item in metadata.distributions()]  # read once: `name` and `version` read it each
-    found = [(item["Name"], item["Version"]) for item in headers if item["Name"]]
-    return dict(sorted(found, key=lambda item: item[0].lower()))
+    """Of two installations of one distribution, that which Python imports: the first on the path."""
+    found: dict[str, str] = {}
+    for item in metadata.distributions():
+        text = item.read_text("METADATA") or item.read_text("PKG-INFO") or ""
+        headers = dict(_HEADER.findall(text.partition("\n\n")[0]))  # a parser of mails takes ten times as long
+        if "Name" in headers:
+            found.setdefault(headers["Name"], headers.get("Version", ""))
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def _is_ours(path: Path) -> bool:
