@@ -92,6 +92,7 @@ def test_tensors_of_a_gpu_and_of_the_host_do_not_mix() -> None:
         assert (there * 2.0).device == there.to(torch.bfloat16).view(1, 2).device == GPU
         assert (there + torch.zeros(())).device == GPU
         assert there.cpu().device == here.device
+        assert torch.zeros((), device=GPU).flatten().device == GPU
         with pytest.raises(RuntimeError, match="two devices, cpu:0 and cpu"):
             there + here
         weight = nn.Parameter(here)

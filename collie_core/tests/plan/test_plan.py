@@ -14,7 +14,7 @@ from collie_core.config.run import RunConfig
 from collie_core.errors import RunError
 from collie_core.plan.children import each_in_child
 from collie_core.plan.plan import Place, Shape, _alike, make_plan
-from collie_core.plan.predict import RankPrediction
+from collie_core.plan.predict import RankPrediction, predict_rank
 from collie_core.plan.rehearse import RehearsedParts
 from collie_core.plan.show import bytes_text, parse_bytes, remedy_text
 from collie_core.plan.trace import Peak
@@ -125,6 +125,24 @@ def test_what_is_offloaded_lies_in_host_memory(offload: dict[str, Any], on_devic
     assert not beside.offloads
     assert beside.largest.predicted > plan.largest.predicted
     assert set(beside.host.values()) == {0}
+
+
+def planned_on_gpu(changes: dict[str, Any], rank: int) -> int:
+    return predict_rank(RunConfig(**sections(**changes)), rank, 4, gpu=True).peak.total
+
+
+def test_no_step_mixes_tensors_of_the_device_and_of_the_host() -> None:
+    accumulated = {"max_steps": 3, "gradient_accumulation_steps": 2}
+    half = {"config": LLAMA, "dtype": "float16", "gradient_checkpointing": "full"}
+    runs: list[dict[str, Any]] = [
+        {"parallel": {"pipeline_parallel_size": 2}, "train": accumulated, "model": half},
+        {"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}, "train": accumulated},
+        {
+            "optimizer": {"type": "sgd", "lr": 0.1, "momentum": 0.9},
+            "data": {"train": "unread.jsonl", "max_length": 32, "packing": True},
+        },
+    ]
+    assert all(each_in_child(planned_on_gpu, [(changes, rank) for changes in runs for rank in (0, 3)]))
 
 
 def test_the_command_needs_no_weights_and_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

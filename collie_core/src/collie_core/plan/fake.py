@@ -31,7 +31,7 @@ from collie_core.compat import (
     modules_convert_fake_tensors,
     transformers_without_values,
 )
-from collie_core.plan.trace import MemoryTrace
+from collie_core.plan.trace import HOST, MemoryTrace
 
 
 @contextmanager
@@ -86,7 +86,7 @@ class QuickFakeTensors(FakeTensorMode):
     trace on top of it, as a mode of its own, would cost as much once more.
 
     What a step asks its numbers is answered as where all is well: they are finite, and every token is a target. Counts
-    of steps, which are made from constants alone, have their true value.
+    of steps, which are made from constants of the host alone, have their true value.
 
     Args:
         trace: is told of every operation.
@@ -126,7 +126,7 @@ class QuickFakeTensors(FakeTensorMode):
         if func is _ATEN._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
             return _answer(args[0])
         result = self.dispatch(func, types, args, kwargs)
-        if func in _CONSTANTS and isinstance(result, FakeTensor) and result.numel() == 1:
+        if func in _CONSTANTS and isinstance(result, FakeTensor) and result.numel() == 1 and result.device == HOST:
             with unset_fake_temporarily():
                 result.constant = func(*args, **kwargs)
             self.fake_tensor_converter.add_constant_storage_mapping(result)
