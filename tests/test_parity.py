@@ -131,7 +131,7 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_nothing(
     original = LlamaMLP.forward
 
     def counted(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
-        forwards.append(1)
+        forwards.extend([1] * torch.is_grad_enabled())  # the others tell what the model does with its head
         return original(self, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", counted)

@@ -140,6 +140,24 @@ def test_any_number_of_ranks_shares_the_same_global_batches(
         assert len({len(part.micro_batches) for part in parts}) == 1  # so that sharded weights can be gathered
 
 
+def test_ranks_that_pack_have_about_equally_many_tokens() -> None:
+    data = dataset([12, 2, 11, 3, 10, 2, 12, 2])
+
+    def tokens(**changes: Any) -> list[int]:
+        options: dict[str, Any] = {"samples_per_step": 8, "rows_per_micro_batch": 4, "shuffle": False, "size": 2}
+        return [next(iter(loader(data, rank=rank, **options | changes))).tokens for rank in (0, 1)]
+
+    assert tokens() == [45, 9]
+    assert tokens(packing=True) == [27, 27]
+
+
+def test_even_shares_never_take_a_micro_batch_more() -> None:
+    data = dataset([8, 12, 16, 10, 8])  # even ones are 16, 8 and 12, 10, 8, which takes three rows
+    options: dict[str, Any] = {"samples_per_step": 5, "packing": True, "shuffle": False, "size": 2}
+    for rank in (0, 1):
+        assert len(next(iter(loader(data, rank=rank, **options))).micro_batches) == 1
+
+
 def test_without_shuffling_the_samples_come_in_order() -> None:
     steps = loader(dataset([2] * 6), shuffle=False, samples_per_step=6)
     assert list(samples_of(next(iter(steps)))) == list(range(6))

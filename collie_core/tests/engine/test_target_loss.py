@@ -14,7 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from collie_core.data.loader import IGNORE, Batch
 from collie_core.engine import target_loss as module
 from collie_core.engine.step import stage_output, token_mean_loss
-from collie_core.engine.target_loss import Head, target_loss
+from collie_core.engine.target_loss import Head
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -73,14 +73,16 @@ def test_loss_and_gradients_are_those_of_whole_logits(
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_against_float64_with_a_bias() -> None:
+@pytest.mark.parametrize("find", [False, True])
+def test_against_float64_with_a_bias(find: bool) -> None:
     torch.manual_seed(0)
     head, hidden = nn.Linear(16, 50), torch.randn(2, 11, 16, requires_grad=True)
     labels = torch.randint(0, 50, (2, 11))
     labels[0, 3:6] = IGNORE
     batch = Batch(labels, labels)
-    batch.find_targets()
-    target_loss(hidden, head, batch, 7).backward()
+    if find:
+        batch.find_targets()
+    Head(head).loss(hidden, batch, 7).backward()
     wide, exact = nn.Linear(16, 50).double(), hidden.detach().double().requires_grad_()
     wide.load_state_dict(head.state_dict())
     logits, targets = wide(exact)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()

@@ -222,25 +222,42 @@ class Loader(Dataset[StepBatch]):
         lengths = self.dataset.lengths[indices]
         if lengths.max() > self.max_length:
             raise DataError(f"a sample of {lengths.max()} tokens does not fit max_length={self.max_length}")
-        # Strided shares differ by one sample at most, and rank 0 never has fewer than another.
-        layouts = [self._rows(lengths[rank :: self.size]) for rank in range(self.size)]
-        count = max(len(_chunks(rows, self.rows_per_micro_batch)) for rows in layouts)
-        share = [
-            {**self.dataset[int(indices[place])], "position": position + place}
-            for place in range(self.rank, len(indices), self.size)
-        ]
+        shares = self._shares(lengths)
+        count = self._micro_batches(shares, lengths)
+        share = [{**self.dataset[int(indices[place])], "position": position + place} for place in shares[self.rank]]
         micro_batches = [
             self._collate([[share[place] for place in row] for row in rows])
-            for rows in _chunks(layouts[self.rank], self.rows_per_micro_batch)
+            for rows in _chunks(self._rows(lengths[shares[self.rank]]), self.rows_per_micro_batch)
         ]
         # Ranks that shard their weights run every forward together, so none may have fewer than another.
         micro_batches += [self._collate([[EMPTY]]) for _ in range(count - len(micro_batches))]
         return StepBatch(
             micro_batches,
             samples=len(indices),
-            tokens=int(lengths[self.rank :: self.size].sum()),
+            tokens=int(lengths[shares[self.rank]].sum()),
             epoch=stop / self.order.samples_per_epoch,
         )
+
+    def _shares(self, lengths: NDArray[np.int32]) -> list[NDArray[np.intp]]:
+        """The places of a step's samples by rank, which wait for the one with the most work.
+
+        Equally many each; with packing of about equally many tokens, where that takes no more micro-batches. Rank 0 has
+        a sample whenever another has.
+        """
+        strided = [np.arange(rank, len(lengths), self.size) for rank in range(self.size)]
+        if not self.packing:
+            return strided
+        longest_first = np.argsort(-lengths, kind="stable").tolist()
+        even = [np.array(sorted(share), dtype=np.intp) for share in _even_rows(longest_first, lengths, self.size)]
+
+        def cost(shares: Sequence[NDArray[np.intp]]) -> tuple[int, int]:
+            return self._micro_batches(shares, lengths), max(int(lengths[share].sum()) for share in shares)
+
+        return min(strided, even, key=cost)
+
+    def _micro_batches(self, shares: Sequence[NDArray[np.intp]], lengths: NDArray[np.int32]) -> int:
+        """The most that a rank has."""
+        return max(-(-len(self._rows(lengths[share])) // self.rows_per_micro_batch) for share in shares)
 
     def _rows(self, lengths: NDArray[np.int32]) -> list[list[int]]:
         return pack(lengths, self.max_length) if self.packing else [[place] for place in range(len(lengths))]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from collie_core.compat import deepspeed_start
+from collie_core.compat import deepspeed_start, forget_gather_order
 from collie_core.engine.ranks import Ranks, start_deepspeed
 from collie_core.engine.step import (
     NOT_A_NUMBER,
@@ -65,7 +65,8 @@ class DeepSpeedStep:
         self.around = around
         self.curvature = curvature
         install_gradient_hooks(model)
-        self.head = Head.of(model)
+        self.head = Head.of(model, self._begin)
+        self._has_begun = False
         lend(model)  # in the precision of the engine
 
     @property
@@ -84,6 +85,9 @@ class DeepSpeedStep:
 
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """See `Step`."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._begin()
         batches = batch.on(self.engine.device)
         if self.curvature is not None and self.curvature.optimizer.curvature_due():
             self._estimate(self.curvature, batches, target_tokens)
@@ -92,6 +96,11 @@ class DeepSpeedStep:
         if self.topology.dp.size > 1:
             dist.all_reduce(total, group=self.topology.dp.group)
         return loss_of_copy(total, self.topology)
+
+    def _begin(self) -> None:
+        """Training follows; what was before were forwards alone."""
+        if self.stage == 3:
+            forget_gather_order(self.engine)
 
     def _estimate(self, curvature: Curvature, batches: Sequence[Batch], target_tokens: int) -> None:
         """One more forward and backward, whose gradients reach the optimizer partitioned, as any others do."""

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from collie_core.compat import forget_gather_order
 from collie_core.engine.deepspeed_step import start_engine
 from collie_core.engine.norms import clip_coefficient, counts_here, norm_of_model
 from collie_core.engine.state import HeldStates, ParameterStates
@@ -275,13 +276,22 @@ class Zero3FusedStep(FusedStep):
     def __init__(self, model: nn.Module, optimizer: Any, scheduler: LRScheduler, *, config: Any, **shared: Any) -> None:
         self.engine = start_engine(model, None, config, shared["topology"])
         super().__init__(self.engine.module, optimizer, scheduler, **shared)
+        self.head = Head.of(self.engine.module, self._begin)
+        self._has_begun = False
 
     def forward_backward(self, batch: StepBatch, target_tokens: int) -> Tensor:
         """See `FusedStep`."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._begin()
         try:
             return super().forward_backward(batch, target_tokens)
         finally:
             self._release()
+
+    def _begin(self) -> None:
+        """Training follows; what was before were forwards alone."""
+        forget_gather_order(self.engine)
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         """See `Step`."""

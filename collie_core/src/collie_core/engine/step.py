@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from collie_core.engine.norms import counts_here, norm_of_model
 from collie_core.engine.pipeline import Backward, one_forward_one_backward
 from collie_core.engine.state import HeldStates, ParameterStates
-from collie_core.engine.target_loss import Head, target_loss
+from collie_core.engine.target_loss import Head
 from collie_core.errors import NotANumber
 from collie_core.model.adapters import UNUSED
 from collie_core.model.shard import Vocabulary, cross_entropy, install_gradient_hooks, sharded_logits, vocabulary_of
@@ -101,7 +102,7 @@ class Engine(Step, Protocol):
     loss_fn: LossFn
     train_fn: TrainFn | None
     around: Around
-    head: Head | None  # with which the loss computes; None: the model gives logits
+    head: Head | None  # in which the loss is made; None: the model gives logits
 
 
 class Curvature(NamedTuple):
@@ -152,11 +153,9 @@ def stage_output(
         outputs = stage_forward(model, batch, hidden)
         labels = batch.labels if relabel is None else relabel(outputs.logits, batch, None)
         return loss_fn(outputs, labels, target_tokens)
-    if head is not None and relabel is None and head.may_be_left_out:
-        with head.left_out():
-            last_hidden = stage_forward(model, batch, hidden).logits
-        if head.was_last(last_hidden):
-            return target_loss(last_hidden, head.module, batch, target_tokens)
+    if head is not None and relabel is None and head.is_last(lambda: stage_forward(model, batch, hidden).logits):
+        with head.giving(partial(head.loss, batch=batch, target_tokens=target_tokens)):
+            return stage_forward(model, batch, hidden).logits  # type: ignore[no-any-return]
     with sharded_logits(model):
         outputs = stage_forward(model, batch, hidden)
     vocabulary = vocabulary_of(model)

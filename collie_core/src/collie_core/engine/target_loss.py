@@ -28,72 +28,97 @@ CHUNK = 1 << 24  # logits at a time: 64 MiB in float32
 
 
 class Head:
-    """A plain linear layer that gives a model its logits, and of which the loss takes the weights.
+    """A plain linear layer that gives a model its logits, and in whose forward the loss is made in their place.
 
-    Whether a model gives out what its head gives, and does nothing more with it, its first forward tells.
+    Whether a model gives out what its head gives, and does nothing more with it, a forward without gradients tells.
+    With ZeRO-3 the weights are whole while the head runs, and at no other time.
+
+    Args:
+        module: the layer.
+        told: called after that forward.
     """
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, module: nn.Linear, told: Callable[[], object] = lambda: None) -> None:
         self.module = module
+        self._told = told
         self._is_last: bool | None = None  # None: not known yet
-        self._given: list[Tensor] = []
-        self._restore: list[Callable[[], object]] = []  # random numbers to where they were before the first forward
+        self._room = torch.empty(0, module.out_features)
 
     @classmethod
-    def of(cls, model: Any) -> Head | None:
-        """That of a whole model or of its last stage; None: it is of another kind, or ZeRO-3 has taken it apart."""
+    def of(cls, model: Any, told: Callable[[], object] = lambda: None) -> Head | None:
+        """That of a whole model or of its last stage; None: it is of another kind."""
         find = getattr(model, "get_output_embeddings", None)
         head = find() if callable(find) else None
-        return cls(head) if type(head) is nn.Linear and not hasattr(head.weight, "ds_id") else None
+        return cls(head, told) if type(head) is nn.Linear else None
 
-    @property
-    def may_be_left_out(self) -> bool:
-        """Not if the model does more with its logits, or somebody looks at them."""
-        return self._is_last is not False and not (self.module._forward_hooks or self.module._forward_pre_hooks)
+    def is_last(self, forward: Callable[[], Tensor]) -> bool:
+        """Whether the loss may be made here: the model does no more with its logits, and nobody looks at them.
+
+        Args:
+            forward: gives the logits; called the first time, without gradients, and without making them.
+        """
+        if any(not _of_deepspeed(hook) for hook in self._hooks()):
+            return False
+        if self._is_last is None:
+            device = self.module.weight.device
+            random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with random_state, torch.no_grad(), self.giving(lambda hidden: hidden):
+                self._is_last = self._gives(forward)
+            self._told()
+        return self._is_last
 
     @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Inside, the head gives what it gets."""
-        device = self.module.weight.device
-        if self._is_last is None:
-            self._restore = [partial(torch.set_rng_state, torch.get_rng_state())]
-            if device.type == "cuda":
-                self._restore.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
-        self._given = []
-
-        def forward(hidden: Tensor) -> Tensor:
-            self._given.append(hidden)
-            return hidden
-
-        self.module.forward = forward  # type: ignore[method-assign, assignment]
+    def giving(self, instead: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside, the head gives what `instead` makes of its input, hidden states [B, L, H]."""
+        self.module.forward = instead  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             del self.module.forward
 
-    def was_last(self, logits: Tensor) -> bool:
-        """Whether what the model gave is what the head gave, which got [B, L, H]. If not, a forward with it follows."""
-        given, self._given = self._given, []
-        if self._is_last is None:
-            self._is_last = len(given) == 1 and logits is given[0]
-            if not self._is_last:  # the forward that follows draws the same random numbers
-                for restore in self._restore:
-                    restore()
-        return self._is_last
+    def loss(self, hidden: Tensor, batch: Batch, target_tokens: int) -> Tensor:
+        """See `token_mean_loss`; `hidden` [B, L, H] is what the head gets."""
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        hidden = hidden.flatten(0, 1)
+        if batch.targets is not None:
+            targets, hidden = targets[batch.targets], hidden[batch.targets]
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        weight, bias = self.module.weight, self.module.bias
+        with torch.autocast(kind, enabled=False):
+            total = _SumOfLosses.apply(hidden, weight, bias, targets, self._scratch)  # type: ignore[no-untyped-call]
+        return cast(Tensor, total) / target_tokens
+
+    def _scratch(self, rows: int) -> Tensor:
+        """Room for logits [rows, V] in float32. It is kept, for the system takes its time to hand out as much anew."""
+        device = self.module.weight.device
+        if len(self._room) < rows or self._room.device != device:
+            self._room = torch.empty(rows, self.module.out_features, dtype=torch.float32, device=device)
+        return self._room[:rows]
+
+    def _hooks(self) -> list[Callable[..., Any]]:
+        return [*self.module._forward_pre_hooks.values(), *self.module._forward_hooks.values()]
+
+    def _gives(self, forward: Callable[[], Tensor]) -> bool:
+        """Whether `forward` gives what the head gives, after all hooks."""
+        given: list[Tensor] = []
+        handle = self.module.register_forward_hook(lambda module, inputs, output: given.append(output))
+        try:
+            logits = forward()
+        finally:
+            handle.remove()
+        return len(given) == 1 and _place(logits) == _place(given[0])
 
 
-def target_loss(hidden: Tensor, head: nn.Linear, batch: Batch, target_tokens: int) -> Tensor:
-    """See `token_mean_loss`; `hidden` [B, L, H] is what the head would get."""
-    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE).flatten()
-    hidden = hidden.flatten(0, 1)
-    if batch.targets is not None:
-        targets, hidden = targets[batch.targets], hidden[batch.targets]
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
-        total = _SumOfLosses.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
-    return cast(Tensor, total) / target_tokens
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where its values lie: ZeRO-3 makes another tensor of the same values at the end of every module."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _of_deepspeed(hook: Callable[..., Any]) -> bool:
+    """ZeRO-3 gathers weights in hooks, which do not look at what a module gives."""
+    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")
 
 
 class _SumOfLosses(Function):
@@ -103,35 +128,41 @@ class _SumOfLosses(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        for_hidden, for_weight, for_bias, _ = ctx.needs_input_grad
-        matrix = weight.to(hidden.dtype)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scratch: Callable[[int], Tensor]
+    ) -> Tensor:
+        for_hidden, for_weight, for_bias, *_ = ctx.needs_input_grad
+        matrix, shift = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # The first chunk fills them.
+        new = partial(torch.empty if len(hidden) else torch.zeros, device=hidden.device)
         gradients = [
-            torch.zeros_like(hidden) if for_hidden else None,
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if for_weight else None,
-            torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if bias is not None and for_bias else None,
+            new(hidden.shape, dtype=hidden.dtype) if for_hidden else None,
+            new(weight.shape, dtype=torch.float32) if for_weight else None,
+            new(bias.shape, dtype=torch.float32) if bias is not None and for_bias else None,
         ]
-        step = max(1, CHUNK // len(weight))
-        for begin in range(0, len(hidden), step):
-            rows, wanted = hidden[begin : begin + step], targets[begin : begin + step]
+        for begin, end in _chunks(len(hidden), max(1, CHUNK // len(weight))):
+            rows, wanted = hidden[begin:end], targets[begin:end]
             counted = wanted != IGNORE
-            logits = F.linear(rows, matrix, None if bias is None else bias.to(hidden.dtype)).float()  # [chunk, V]
+            logits = _linear(rows, matrix, shift, scratch(len(rows)))  # [chunk, V]
             place = wanted.masked_fill(~counted, 0)[:, None]
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            loss += (normalizer - logits.gather(-1, place)).squeeze(-1).masked_fill(~counted, 0.0).sum()
+            largest, of_target = logits.amax(-1, keepdim=True), logits.gather(-1, place)
+            # In the place of the logits, row by row. Its largest entry is 1 / sum(exp(logit - largest)).
+            softmax = torch.softmax(logits, -1, out=logits)
+            losses = largest - of_target - softmax.amax(-1, keepdim=True).log()
+            loss += losses.squeeze(-1).masked_fill(~counted, 0.0).sum()
             if not (for_hidden or for_weight or for_bias):
                 continue
-            difference = logits.sub_(normalizer).exp_()  # the softmax, in the place of the logits
-            difference.scatter_add_(-1, place, difference.new_full((), -1.0).expand_as(place))
-            difference.mul_(counted[:, None])
-            if gradients[2] is not None:
-                gradients[2] += difference.sum(0)
-            difference = difference.to(hidden.dtype)
+            softmax.scatter_add_(-1, place, softmax.new_full((), -1.0).expand_as(place))
+            difference = softmax.to(hidden.dtype)
+            # What does not count is left out of the products, which are narrower than [chunk, V].
+            keep = counted.to(hidden.dtype)[:, None]
             if gradients[0] is not None:
-                torch.mm(difference, matrix, out=gradients[0][begin : begin + step])
+                torch.mm(difference, matrix, out=gradients[0][begin:end]).mul_(keep)
             if gradients[1] is not None:
-                _add_product(gradients[1], difference.T, rows)
+                _add_product(gradients[1], difference.T, rows * keep, first=begin == 0)
+            if gradients[2] is not None:
+                _add_product(gradients[2][:, None], softmax.T, counted.float()[:, None], first=begin == 0)
         ctx.save_for_backward(*gradients)
         ctx.kinds = weight.dtype, None if bias is None else bias.dtype
         return loss
@@ -146,12 +177,31 @@ class _SumOfLosses(Function):
             None if for_weight is None else (for_weight * gradient).to(kind),
             None if for_bias is None else (for_bias * gradient).to(kind_of_bias),
             None,
+            None,
         )
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, in float32."""
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """rows weight^T + bias into `out`, which is float32."""
+    if rows.dtype != out.dtype:
+        return out.copy_(F.linear(rows, weight, bias))
+    if bias is None:
+        return torch.mm(rows, weight.T, out=out)
+    return torch.addmm(bias, rows, weight.T, out=out)
+
+
+def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """(first, end) of the fewest pieces of at most `most` rows, about equally long."""
+    number = -(-rows // most)
+    ends = [rows * place // number for place in range(1, number + 1)]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total += left right, in float32; the first one goes in the place of what is there."""
     if right.dtype == torch.float32:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(left @ right)
     else:
         total += left @ right
