@@ -12,7 +12,7 @@ from collie_core.data.tokenizer import build_tokenizer
 from collie_core.plan.children import each_in_child
 from collie_core.plan.extend import Trace, alike, extended
 from collie_core.plan.layers import Layers, layers_of
-from collie_core.plan.plan import make_plan
+from collie_core.plan.plan import make_plan, passes_at_least
 from collie_core.plan.predict import RankTrace, predict_rank, trace_rank
 from collie_core.plan.trace import COMPONENTS, Section
 from collie_core.plan.work import extended_work
@@ -118,6 +118,20 @@ def test_a_plan_of_many_layers_is_that_of_the_whole_model(parallel: dict[str, An
     (whole,) = each_in_child(whole_rank, [(config, processes)])
     assert read.layers == (2, 3)
     assert {phase: peak.total for phase, peak in read.peaks["device"].items()} == whole
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_passes_alone_are_read_from_few_layers_where_the_update_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collie_core.plan.layers.LIVE", 1000)  # so that few layers hold all that is gathered
+    zero = {"reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 1000, "sub_group_size": 5000}
+    config = run(parallel={"zero_stage": 3}, deepspeed={"zero_optimization": zero})
+    least = passes_at_least(config, 2, gpu=True)
+    assert least is not None
+    whole = make_plan(config, 2, gpu=True)
+    assert whole.largest.prediction.layers is None
+    for phase, peak in least.largest.prediction.peaks["device"].items():
+        assert peak.total == pytest.approx(whole.largest.prediction.peaks["device"][phase].total, rel=0.005)
+    assert passes_at_least(run(), 1, gpu=True) is None  # a plan says more, and takes as long
 
 
 def whole_rank(config: RunConfig, processes: int) -> dict[str, int]:

@@ -33,21 +33,22 @@ class Layers:
     def depths(self, config: RunConfig, copies: int) -> tuple[int, int] | None:
         """Of how few layers two traces show how memory grows with more of them; None: no fewer than half of all.
 
-        With ZeRO-3 that is after so many that no more parameters are gathered at a time, and buckets are full. No few
-        stand for all where its optimizer goes through a rank's share in several groups.
+        None too where ZeRO-3's optimizer goes through a rank's share in several groups.
+        """
+        return None if self._in_groups(config, copies) else self.depths_of_passes(config)
 
-        The buckets of ZeRO 1 and 2 are not filled alike, so the second trace has about as many layers more as fill a
-        bucket or a few: where one ends in both, one ends in the whole model.
+    def depths_of_passes(self, config: RunConfig) -> tuple[int, int] | None:
+        """The same for what is held in forward and backward alone.
+
+        With ZeRO-3 that is after so many that no more parameters are gathered at a time, and buckets are full. Those
+        of ZeRO 1 and 2 are not filled alike, so the second trace has about as many layers more as fill a bucket or a
+        few: where one ends in both, one ends in the whole model.
         """
         stage, zero = config.parallel.zero_stage, config.deepspeed.get("zero_optimization", {})
-        tensor = config.parallel.tensor_parallel_size
-        each = self.parameters / tensor
+        each = self.parameters / config.parallel.tensor_parallel_size
         bucket = int(zero.get("reduce_bucket_size", BUCKET))
         first, more = 2, 1
         if stage == 3:
-            share = (max(self.of_stage) * self.parameters + self.others) / (tensor * copies)
-            if _updates_groups(config) and share > int(zero.get("sub_group_size", GROUP)):
-                return None
             names = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
             live = max(int(zero.get(name, LIVE)) for name in names)
             first = max(3, math.ceil((live + bucket) / each) + 1)
@@ -55,11 +56,14 @@ class Layers:
             first, more = min(MOST, max(3, math.ceil(bucket / each) + 1)), _period(bucket / each)
         return (first, first + more) if first + more <= min(self.of_stage) // 2 else None
 
-
-def _updates_groups(config: RunConfig) -> bool:
-    """Whether DeepSpeed updates all parameters: not those under an adapter, nor if backward updates them."""
-    can: Any = config.registry.component("optimizer", config.optimizer.type).can
-    return config.adapter is None and not can.fuses_backward
+    def _in_groups(self, config: RunConfig, copies: int) -> bool:
+        """Not under an adapter, which has few parameters, nor if backward updates them."""
+        can: Any = config.registry.component("optimizer", config.optimizer.type).can
+        if config.parallel.zero_stage < 3 or config.adapter is not None or can.fuses_backward:
+            return False
+        whole = max(self.of_stage) * self.parameters + self.others
+        most = int(config.deepspeed.get("zero_optimization", {}).get("sub_group_size", GROUP))
+        return whole / (config.parallel.tensor_parallel_size * copies) > most
 
 
 def _period(bucket: float) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from collie_core.data.tokenizer import build_tokenizer
 from collie_core.errors import RunError
 from collie_core.plan.children import each_in_child
 from collie_core.plan.extend import alike
-from collie_core.plan.layers import layers_of
+from collie_core.plan.layers import Layers, layers_of
 from collie_core.plan.predict import RankPrediction, RankTrace, extended_peaks, predict_rank, trace_rank
 
 if TYPE_CHECKING:
@@ -117,13 +117,7 @@ def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
     Raises:
         CollieError: the run cannot be, or not be planned.
     """
-    if dist.is_initialized():
-        raise RunError(
-            "the processes of a plan cannot be forked beside a process group: plan before the run, or by `collie plan`"
-        )
-    require_parts(config, model=False, train_data=True)
-    shape = Shape.of(config, processes)
-    batch = str(config.batch_sizes(shape.dp))
+    shape = _shape(config, processes)
     predict = _Predictor(config, shape, gpu=gpu)
     copies = [0]
     if config.parallel.zero_stage in (1, 2) and shape.dp > 1:
@@ -135,6 +129,33 @@ def make_plan(config: RunConfig, processes: int, *, gpu: bool) -> Plan:
         for place in sorted(found)
         if (places := list(_alike(place, found, shape)))
     )
+    return _plan(config, shape, kinds, gpu=gpu)
+
+
+def passes_at_least(config: RunConfig, processes: int, *, gpu: bool) -> Plan | None:
+    """What ranks hold in forward and backward alone, from a few layers, where a whole plan takes all; else None.
+
+    The last data-parallel rank and further tensor-parallel ones are not looked at. Arguments and errors are those of
+    `make_plan`.
+    """
+    shape = _shape(config, processes)
+    predict = _Predictor(config, shape, gpu=gpu)
+    found = predict.passes([Place(stage, 0, 0) for stage in range(shape.pp)])
+    kinds = (Kind((shape.rank(place),), place.stage, prediction) for place, prediction in found.items())
+    return _plan(config, shape, kinds, gpu=False) if found else None  # nothing is known of host memory
+
+
+def _shape(config: RunConfig, processes: int) -> Shape:
+    if dist.is_initialized():
+        raise RunError(
+            "the processes of a plan cannot be forked beside a process group: plan before the run, or by `collie plan`"
+        )
+    require_parts(config, model=False, train_data=True)
+    return Shape.of(config, processes)
+
+
+def _plan(config: RunConfig, shape: Shape, kinds: Iterable[Kind], *, gpu: bool) -> Plan:
+    batch = str(config.batch_sizes(shape.dp))
     return Plan(shape, config.model.dtype, batch, tuple(kinds), gpu and config.parallel.offloads)
 
 
@@ -145,24 +166,37 @@ class _Predictor:
         self.config = config
         self.shape = shape
         self.gpu = gpu
-        self.of_stage: tuple[int, ...] = ()  # layers
+        self.layers: Layers | None = None
         self.depths: tuple[int, int] | None = None  # of the two traces; None: of one with all layers
-        offloads = gpu and config.parallel.offloads  # whose pinned memory has a size of its own
-        if config.parallel.zero_stage not in (1, 2) and not offloads:  # whose buckets let few only nearly stand for all
-            layers = layers_of(config, build_tokenizer(config.tokenizer, config.model))
-            if layers is not None:
-                self.of_stage, self.depths = layers.of_stage, layers.depths(config, shape.dp)
+        if config.parallel.zero_stage not in (1, 2):  # whose buckets let a few only nearly stand for all
+            self.layers = layers_of(config, build_tokenizer(config.tokenizer, config.model))
+        if self.layers is not None and not (gpu and config.parallel.offloads):  # whose pinned memory has its own sizes
+            self.depths = self.layers.depths(config, shape.dp)
 
     def __call__(self, places: Sequence[Place]) -> dict[Place, RankPrediction]:
-        if self.depths is not None:
-            traces = self._each(_trace, places, self.depths)
-            pairs = list(zip(traces[::2], traces[1::2], strict=True))
-            if all(alike(low.sections, high.sections) for low, high in pairs):
-                return {
-                    place: self._read(low, high, self.depths, self.of_stage[place.stage])
-                    for place, (low, high) in zip(places, pairs, strict=True)
-                }
-        return dict(zip(places, self._each(_predict, places, (None,)), strict=True))
+        found = {} if self.depths is None else self._from_few(places, self.depths)
+        return found or dict(zip(places, self._each(_predict, places, (None,)), strict=True))
+
+    def passes(self, places: Sequence[Place]) -> dict[Place, RankPrediction]:
+        """Forward and backward on the device, where a few layers stand for all of them, and not of the rest."""
+        depths = None if self.layers is None or self.depths is not None else self.layers.depths_of_passes(self.config)
+        found = {} if depths is None else self._from_few(places, depths)
+        for place, prediction in found.items():
+            passes = {phase: prediction.peaks["device"][phase] for phase in ("forward", "backward")}
+            found[place] = replace(prediction, peaks={"device": passes, "host": {}})
+        return found
+
+    def _from_few(self, places: Sequence[Place], depths: tuple[int, int]) -> dict[Place, RankPrediction]:
+        """Nothing when their traces are not alike."""
+        assert self.layers is not None
+        traces = self._each(_trace, places, depths)
+        pairs = list(zip(traces[::2], traces[1::2], strict=True))
+        if not all(alike(low.sections, high.sections) for low, high in pairs):
+            return {}
+        return {
+            place: self._read(low, high, depths, self.layers.of_stage[place.stage])
+            for place, (low, high) in zip(places, pairs, strict=True)
+        }
 
     def _each(self, function: Callable[..., Any], places: Sequence[Place], depths: Sequence[int | None]) -> list[Any]:
         ranks = [self.shape.rank(place) for place in places]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from collie_core.errors import CollieError
 from collie_core.plan.children import Killed
-from collie_core.plan.plan import Plan, Shape, make_plan
+from collie_core.plan.plan import Plan, Shape, make_plan, passes_at_least
 
 if TYPE_CHECKING:
     from collie_core.config.run import RunConfig
@@ -56,15 +56,24 @@ def find_remedy(load: Load, processes: int, fits: Callable[[Plan], bool], *, gpu
             continue
         try:
             changed = load(changes | more)
-            plan = make_plan(changed, processes, gpu=gpu)
+            plan = _fitting(changed, processes, fits, gpu=gpu)
         except Killed:
             raise
         except CollieError:  # what is refused is no way out; the next may be
             continue
         changes, config = changes | more, changed
-        if fits(plan):
+        if plan is not None:
             return Remedy(changes, plan)
     return None
+
+
+def _fitting(config: RunConfig, processes: int, fits: Callable[[Plan], bool], *, gpu: bool) -> Plan | None:
+    """The plan of a run, if it fits."""
+    least = passes_at_least(config, processes, gpu=gpu)
+    if least is not None and not fits(least):
+        return None
+    plan = make_plan(config, processes, gpu=gpu)
+    return plan if fits(plan) else None
 
 
 def _checkpointing(config: RunConfig, shape: Shape) -> Changes:
