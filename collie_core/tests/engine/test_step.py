@@ -140,7 +140,7 @@ def test_zero_3_gathers_once_a_step_whatever_was_before(bent: bool, monkeypatch:
         whole.clear()
         step.forward_backward(batch, batch.target_tokens)
         step.update()
-    assert step.head._is_last
+    assert step.head.is_last
     assert whole == [False, bent] * len(batch.micro_batches)
 
 

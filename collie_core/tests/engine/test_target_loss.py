@@ -163,7 +163,7 @@ def test_other_families_lose_nothing() -> None:
     head = Head.of(model)
     loss, _ = run(model, batch_of(), head, 20)
     assert head is not None
-    assert head._is_last
+    assert head.is_last
     torch.testing.assert_close(loss, run(model, batch_of(), None, 20)[0], rtol=1e-6, atol=0)
 
 

@@ -153,7 +153,7 @@ def stage_output(
         outputs = stage_forward(model, batch, hidden)
         labels = batch.labels if relabel is None else relabel(outputs.logits, batch, None)
         return loss_fn(outputs, labels, target_tokens)
-    if head is not None and relabel is None and head.is_last(lambda: stage_forward(model, batch, hidden).logits):
+    if head is not None and relabel is None and _is_last(head, model, batch, hidden):
         with head.giving(partial(head.loss, batch=batch, target_tokens=target_tokens)):
             return stage_forward(model, batch, hidden).logits  # type: ignore[no-any-return]
     with sharded_logits(model):
@@ -161,6 +161,14 @@ def stage_output(
     vocabulary = vocabulary_of(model)
     labels = batch.labels if relabel is None else relabel(outputs.logits, batch, vocabulary)
     return token_mean_loss(outputs, labels, target_tokens, vocabulary)
+
+
+def _is_last(head: Head, model: nn.Module, batch: Batch, hidden: Tensor | None) -> bool:
+    """Whether the loss may be made in the head; the first time the model is asked by a forward."""
+    if head.may_be_last and head.is_last is None:
+        with head.asked() as answer:
+            answer(stage_forward(model, batch, hidden).logits)
+    return head.may_be_last
 
 
 def stage_forward(model: nn.Module, batch: Batch, hidden: Tensor | None) -> Any:

@@ -41,7 +41,7 @@ class Head:
     def __init__(self, module: nn.Linear, told: Callable[[], object] = lambda: None) -> None:
         self.module = module
         self._told = told
-        self._is_last: bool | None = None  # None: not known yet
+        self.is_last: bool | None = None  # None: not known yet
         self._room = torch.empty(0, module.out_features)
 
     @classmethod
@@ -51,21 +51,27 @@ class Head:
         head = find() if callable(find) else None
         return cls(head, told) if type(head) is nn.Linear else None
 
-    def is_last(self, forward: Callable[[], Tensor]) -> bool:
-        """Whether the loss may be made here: the model does no more with its logits, and nobody looks at them.
+    @property
+    def may_be_last(self) -> bool:
+        """Not if the model does more with its logits, or somebody looks at them."""
+        return self.is_last is not False and all(map(_of_deepspeed, self._hooks()))
 
-        Args:
-            forward: gives the logits; called the first time, without gradients, and without making them.
-        """
-        if any(not _of_deepspeed(hook) for hook in self._hooks()):
-            return False
-        if self._is_last is None:
-            device = self.module.weight.device
-            random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    @contextmanager
+    def asked(self) -> Iterator[Callable[[Tensor], None]]:
+        """Inside, a forward makes neither logits nor gradients. What the model gave is handed to the function."""
+        device, given = self.module.weight.device, list[Tensor]()
+
+        def answer(logits: Tensor) -> None:
+            self.is_last = len(given) == 1 and _place(logits) == _place(given[0])
+
+        handle = self.module.register_forward_hook(lambda module, inputs, output: given.append(output))
+        random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        try:
             with random_state, torch.no_grad(), self.giving(lambda hidden: hidden):
-                self._is_last = self._gives(forward)
-            self._told()
-        return self._is_last
+                yield answer
+        finally:
+            handle.remove()
+        self._told()
 
     @contextmanager
     def giving(self, instead: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -99,16 +105,6 @@ class Head:
 
     def _hooks(self) -> list[Callable[..., Any]]:
         return [*self.module._forward_pre_hooks.values(), *self.module._forward_hooks.values()]
-
-    def _gives(self, forward: Callable[[], Tensor]) -> bool:
-        """Whether `forward` gives what the head gives, after all hooks."""
-        given: list[Tensor] = []
-        handle = self.module.register_forward_hook(lambda module, inputs, output: given.append(output))
-        try:
-            logits = forward()
-        finally:
-            handle.remove()
-        return len(given) == 1 and _place(logits) == _place(given[0])
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
