@@ -222,8 +222,7 @@ class Loader(Dataset[StepBatch]):
         lengths = self.dataset.lengths[indices]
         if lengths.max() > self.max_length:
             raise DataError(f"a sample of {lengths.max()} tokens does not fit max_length={self.max_length}")
-        shares = self._shares(lengths)
-        count = self._micro_batches(shares, lengths)
+        shares, count = self._shares(lengths)
         share = [{**self.dataset[int(indices[place])], "position": position + place} for place in shares[self.rank]]
         micro_batches = [
             self._collate([[share[place] for place in row] for row in rows])
@@ -238,22 +237,23 @@ class Loader(Dataset[StepBatch]):
             epoch=stop / self.order.samples_per_epoch,
         )
 
-    def _shares(self, lengths: NDArray[np.int32]) -> list[NDArray[np.intp]]:
-        """The places of a step's samples by rank, which wait for the one with the most work.
+    def _shares(self, lengths: NDArray[np.int32]) -> tuple[list[NDArray[np.intp]], int]:
+        """The places of a step's samples by rank, and how many micro-batches all take: as many as the longest needs.
 
         Equally many each; with packing of about equally many tokens, where that takes no more micro-batches. Rank 0 has
         a sample whenever another has.
         """
         strided = [np.arange(rank, len(lengths), self.size) for rank in range(self.size)]
         if not self.packing:
-            return strided
+            return strided, self._micro_batches(strided, lengths)
         longest_first = np.argsort(-lengths, kind="stable").tolist()
         even = [np.array(sorted(share), dtype=np.intp) for share in _even_rows(longest_first, lengths, self.size)]
 
         def cost(shares: Sequence[NDArray[np.intp]]) -> tuple[int, int]:
             return self._micro_batches(shares, lengths), max(int(lengths[share].sum()) for share in shares)
 
-        return min(strided, even, key=cost)
+        costs = [cost(strided), cost(even)]
+        return (even if costs[1] < costs[0] else strided), min(costs)[0]
 
     def _micro_batches(self, shares: Sequence[NDArray[np.intp]], lengths: NDArray[np.int32]) -> int:
         """The most that a rank has."""

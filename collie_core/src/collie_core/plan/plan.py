@@ -139,6 +139,8 @@ def passes_at_least(config: RunConfig, processes: int, *, gpu: bool) -> Plan | N
     `make_plan`.
     """
     shape = _shape(config, processes)
+    if config.parallel.zero_stage < 3:  # few layers stand for a whole plan, or not even for these
+        return None
     predict = _Predictor(config, shape, gpu=gpu)
     found = predict.passes([Place(stage, 0, 0) for stage in range(shape.pp)])
     kinds = (Kind((shape.rank(place),), place.stage, prediction) for place, prediction in found.items())
